@@ -1,0 +1,102 @@
+"""How a request ended: messages in, outcome out. Pure, no I/O, no async.
+
+Which message is final
+======================
+
+1. `http.response.body` with `more_body` false or absent is final, unless the start message said
+   `trailers: True`.
+2. After `trailers: True`, the `http.response.trailers` with `more_trailers` false or absent is final.
+3. `http.response.pathsend` is final by itself, `http.response.zerocopysend` with `more_body` false or absent,
+   both under rule 1's condition.
+4. `websocket.close` is final, and so is the last `websocket.http.response.body` of a denial response.
+   The client's `websocket.disconnect`, which arrives the other way, is final too.
+5. Nothing after the final message changes anything, and no other message is final.
+
+How a request ended
+===================
+
+6. A response is complete once its final message was handed to the server; that the server then
+   raised from `send`, because the client had gone, does not undo it.
+7. A websocket is also complete when the application returned: the server closes it then.
+8. A cancellation that comes out of `send` while it takes the final message belongs to the server, and is no
+   error. Any other exception out of the application is the outcome's error, cancellation included.
+
+ASGI: HTTP & WebSocket spec, sections "Response Body", "Close"; extensions "http.response.trailers",
+"http.response.pathsend", "http.response.zerocopysend", "websocket.http.response".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+Phase: TypeAlias = int
+OPEN: Phase = 0
+TRAILERS: Phase = 1  # open, and the body will not be the end
+FINAL: Phase = 2
+
+_BODY = {
+    "http.response.body",
+    "http.response.pathsend",
+    "http.response.zerocopysend",
+    "websocket.http.response.body",
+}
+
+
+def advance(phase: Phase, message: Any) -> Phase:
+    """Return the phase of a response after `message` was sent in `phase`."""
+    kind = message["type"]
+    if phase == FINAL or kind == "websocket.close":
+        return FINAL
+    if kind in _BODY:
+        return TRAILERS if phase == TRAILERS else OPEN if message.get("more_body") else FINAL
+    if kind == "http.response.start":
+        return TRAILERS if message.get("trailers") else OPEN
+    if kind == "http.response.trailers" and not message.get("more_trailers"):
+        return FINAL
+    return phase
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended.
+
+    Attributes:
+        type: "http", "websocket", or "lifespan" for tasks added outside any request.
+        status: The response's status; `None` for an accepted websocket, or if no response was started.
+        complete: Whether the final message was handed to the server.
+        error: What the application raised. It keeps its traceback, and so the frames of the failed request.
+    """
+
+    type: Literal["http", "websocket", "lifespan"]
+    status: int | None = None
+    complete: bool = False
+    error: BaseException | None = None
+
+    @property
+    def success(self) -> bool:
+        """Complete, no error, and a status (if there is one) below 400. A websocket need not be complete."""
+        return (
+            (self.complete or self.type == "websocket")
+            and self.error is None
+            and (self.status is None or self.status < 400)
+        )
+
+
+When: TypeAlias = Literal["success", "complete", "failure", "always"] | Callable[[Outcome], bool]
+
+WHEN = ("success", "complete", "failure", "always")
+
+
+def lets_through(when: When, outcome: Outcome) -> bool:
+    """Decide from its outcome whether a request's task runs. Raises what a callable `when` raises."""
+    if when == "always":
+        return True
+    if when == "success":
+        return outcome.success
+    if when == "failure":
+        return not outcome.success
+    if when == "complete":
+        return outcome.complete
+    return bool(cast("Callable[[Outcome], bool]", when)(outcome))

@@ -1,0 +1,24 @@
+"""What can go wrong, one exception for each thing the caller can do about it."""
+
+
+class DeferredError(Exception):
+    """Base of this package's own errors, raised itself only where no subclass fits."""
+
+
+class MiddlewareMissing(DeferredError):
+    """Raised when there is no task list to add to: outside a request, or without the middleware."""
+
+
+class BacklogFull(DeferredError):
+    """Raised by `add_task` at `max_pending` unfinished tasks of a runner with `overflow="reject"`.
+
+    The task was not accepted. Answer 503 before anything is promised to the client.
+    """
+
+
+class RunnerClosed(DeferredError):
+    """Raised by `add_task` when nothing is left that could run the task.
+
+    That is: after the request's list has ended *and* its runner has drained, or its call has returned
+    on a server without a lifespan. The task was not accepted.
+    """

@@ -1,0 +1,68 @@
+"""The lifespan, owned here even when the application has none.
+
+1. The runner runs before the application sees `lifespan.startup`, and has drained before it sees
+   `lifespan.shutdown`, so that what the application opens and closes is open while tasks run.
+2. The server gets each of `startup.complete` (or `.failed`) and `shutdown.complete` (or `.failed`) once, from the
+   application, or from here if that ends without: as Django does, which raises, or an app that returns.
+3. An exception before the application has received anything means that it has no lifespan. Any other passes
+   through: at once before startup completed, and after the drain if it comes later.
+
+ASGI: Lifespan Protocol, sections "Scope" to "Shutdown Complete".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from logging import getLogger
+from typing import Any
+
+from ._runner import Runner
+from ._tasks import KEY
+
+logger = getLogger("asgi_deferred")
+
+
+async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+    received: list[str] = []
+    sent: list[str] = []
+
+    async def receive_and_drain() -> Any:
+        message = await receive()
+        received.append(message["type"])
+        if message["type"] == "lifespan.shutdown":
+            await runner._drain()
+        return message
+
+    async def send_and_note(message: Any) -> None:
+        sent.append(message["type"])
+        await send(message)
+
+    async def complete(phase: str) -> None:
+        """Do what the application left undone of a phase."""
+        if f"lifespan.{phase}" not in received:
+            await receive_and_drain()
+        if f"lifespan.{phase}.complete" not in sent and f"lifespan.{phase}.failed" not in sent:
+            await send_and_note({"type": f"lifespan.{phase}.complete"})
+
+    async with AsyncExitStack() as stack:
+        try:
+            tasks = await stack.enter_async_context(runner._run())
+        except RuntimeError as exc:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": str(exc)})
+            return
+        try:
+            await app({**scope, KEY: tasks}, receive_and_drain, send_and_note)
+        except Exception as exc:
+            if not received:
+                logger.debug("The application has no lifespan: %r", exc)
+            elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
+                logger.error("The application's lifespan ended early; tasks still run", exc_info=exc)
+                await receive_and_drain()
+                raise
+            else:
+                raise
+        if "lifespan.startup.failed" not in sent:
+            await complete("startup")
+            await complete("shutdown")

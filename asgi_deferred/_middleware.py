@@ -1,0 +1,93 @@
+"""The middleware: a guard, a closure and a forward.
+
+1. The list is in the scope, a copy, and is the current one before the application is called.
+2. Nothing of the user's runs inside `send`. Whether a message was the final one is noted before it is forwarded.
+3. A request with tasks is registered before its final message goes out, as a server may shut down right after.
+4. Tasks are handed over after the application's call has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+from anyio import get_cancelled_exc_class
+
+from ._completion import FINAL, OPEN, advance
+from ._lifespan import run_lifespan
+from ._runner import Runner, request_line
+from ._tasks import KEY, DeferredTasks, current
+
+
+class ASGIApp(Protocol):
+    """Any ASGI 3 application, whatever types its framework gives the three arguments."""
+
+    def __call__(self, scope: Any, receive: Any, send: Any, /) -> Awaitable[None]: ...
+
+
+class DeferredMiddleware:
+    """Wrap an ASGI application, so that it can defer work until its responses have gone out.
+
+    Each HTTP request and websocket gets a task list, at `scope["asgi_deferred"]`. Its tasks run after the final
+    message of the response was handed to the server and the application's call has ended: in the background,
+    until the server's lifespan ends; without a lifespan, before the middleware's own call returns.
+
+    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and passes through.
+
+    Args:
+        app: The application.
+        runner: Limits, defaults and observers; a `Runner()` of its own if left out.
+    """
+
+    def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
+        self.app = app
+        self.runner = runner if runner is not None else Runner()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        kind = scope["type"]
+        if KEY in scope and not scope[KEY]._ended or kind not in ("http", "websocket", "lifespan"):
+            await self.app(scope, receive, send)
+            return
+        if kind == "lifespan":
+            await run_lifespan(self.app, self.runner, scope, receive, send)
+            return
+        tasks = DeferredTasks(self.runner, kind)
+        handing_over = False
+
+        def note_and_send(message: Any) -> Awaitable[None]:
+            if tasks._phase != FINAL:
+                tasks._phase = advance(tasks._phase, message)
+                if "status" in message:
+                    tasks._status = message["status"]
+                if tasks._phase == FINAL and tasks._tasks:
+                    self.runner._register(tasks)
+                    return send_final(message)
+            return send(message)
+
+        async def send_final(message: Any) -> None:
+            nonlocal handing_over
+            handing_over = True
+            await send(message)
+            handing_over = False
+
+        async def receive_and_note() -> Any:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                tasks._phase = FINAL
+                if tasks._tasks: self.runner._register(tasks)
+            return message
+
+        token = current.set(tasks)
+        try:
+            await self.app({**scope, KEY: tasks}, receive if kind == "http" else receive_and_note, note_and_send)
+        except BaseException as exc:
+            if not (handing_over and isinstance(exc, get_cancelled_exc_class())):
+                tasks._error = exc
+            raise
+        finally:
+            current.reset(token)
+            if tasks._tasks:
+                tasks._request = request_line(scope)
+                await self.runner._end(tasks)
+            else:
+                tasks._ended = True

@@ -1,0 +1,401 @@
+"""Where and when task lists run on one event loop.
+
+1. A *strand* is a queue of tasks that run one at a time, in order: those of a list, or one of a concurrent list.
+   It is active from the moment it has something to run until its queue is found empty, under the runner's lock.
+2. A *session* owns the task group in which strands run, and ends only when all of them have: one for the lifespan,
+   or, without a lifespan, one for each ASGI call. When it ends, what is left is ABANDONED, so that every task ends.
+3. The *scheduler*, one per event loop, hands out slots (`max_concurrency`) and threads (`max_threads`) first come,
+   first served, across sessions. A strand that waits for a thread holds no slot.
+4. A *worker* is a pooled anyio task that runs one unit after another: an async task, stepped in the context of the
+   line that added it, or a run of sync tasks in one hop to a thread. No worker runs a user's code before it has
+   yielded to the event loop, so nothing of the user's runs inside `add_task` or the ASGI call.
+5. `pump` runs on the event loop's thread only. Other threads reach it through `soon`, which never blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
+from logging import getLogger
+from math import inf
+from types import coroutine
+from typing import TYPE_CHECKING, Any
+
+from anyio import (
+    TASK_STATUS_IGNORED,
+    CancelScope,
+    Event,
+    NoEventLoopError,
+    create_task_group,
+    current_effective_deadline,
+    current_time,
+    get_cancelled_exc_class,
+    move_on_after,
+)
+from anyio.abc import TaskGroup, TaskStatus
+from anyio.lowlevel import checkpoint, current_token
+
+from ._tasks import DeferredTask, DeferredTasks, TaskState
+
+if TYPE_CHECKING:
+    from ._runner import Runner
+
+logger = getLogger("asgi_deferred")
+
+MAX_IDLE_WORKERS = 16
+
+
+def soon_here() -> Callable[..., None]:
+    """Return a function that calls a function on this event loop soon, from any thread, without waiting.
+
+    `anyio.from_thread.run_sync` would wait, and so would block another event loop or a thread of a loop that stopped.
+    """
+    native: Any = current_token().native_token
+    call_soon = native.run_sync_soon if hasattr(native, "run_sync_soon") else native.call_soon_threadsafe
+
+    def soon(func: Callable[..., object], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and its sessions with it
+            call_soon(func, *args)
+
+    return soon
+
+
+@coroutine
+def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+    """Await `coro`, each of its steps in `context` but in the current task, whose scopes and timeouts it keeps."""
+    step: Callable[[Any], Any] = coro.send
+    value: Any = None
+    while True:
+        try:
+            trap = context.run(step, value)
+        except StopIteration:
+            return
+        try:
+            value = yield trap
+            step = coro.send
+        except GeneratorExit as exc:  # the event loop is gone
+            context.run(suppress(BaseException)(coro.throw), exc)
+            raise
+        except BaseException as exc:
+            step, value = coro.throw, exc
+
+
+def torn_down() -> bool:
+    """Whether the scopes around us are cancelled, or the event loop is gone."""
+    try:
+        return current_effective_deadline() == -inf
+    except NoEventLoopError:
+        return True
+
+
+class Strand:
+    """Tasks that run one at a time, in order (rule 1)."""
+
+    __slots__ = ("active", "current", "queue", "session")
+
+    def __init__(self, session: Session, tasks: list[DeferredTask]) -> None:
+        self.session = session
+        self.queue = deque(tasks)
+        self.current: DeferredTask | None = None
+        self.active = False
+
+    def head(self) -> DeferredTask | None:
+        """Return the next task that is still PENDING. Under the runner's lock."""
+        while self.queue and self.queue[0].state is not TaskState.PENDING:
+            self.queue.popleft()
+        return self.queue[0] if self.queue else None
+
+
+class Scheduler:
+    """Hands out slots and threads (rule 3)."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.soon = soon_here()
+        self.slots = runner.max_concurrency
+        self.threads = runner.max_threads
+        self.waiting: deque[Strand] = deque()
+        self.parked: deque[Strand] = deque()  # came before those waiting; a thread is all they lack
+
+    def push(self, *strands: Strand) -> None:
+        self.waiting.extend(strands)
+        self.pump()
+
+    def pump(self) -> None:
+        while self.slots:
+            if self.parked and self.threads:
+                strand = self.parked.popleft()
+            elif self.waiting:
+                strand = self.waiting.popleft()
+            else:
+                return
+            if self._claim(strand):
+                self.slots -= 1
+                strand.session.dispatch(strand)
+
+    def _claim(self, strand: Strand) -> bool:
+        with self.runner._lock:
+            task = strand.head()
+            if task is None or strand.session.cancelled:
+                strand.session.retire(strand)
+                return False
+            if not task._async:
+                if not self.threads:
+                    self.parked.append(strand)
+                    return False
+                self.threads -= 1
+            strand.current = strand.queue.popleft()
+            return True
+
+    def release(self, strand: Strand) -> None:
+        """Take a slot back, and queue what else the strand has."""
+        strand.current = None
+        self.slots += 1
+        self.waiting.append(strand)
+
+    def thread_done(self, hop: Hop) -> None:
+        self.threads += 1
+        hop.done.set()
+        self.pump()
+
+
+class Hop:
+    """One trip of a strand to a thread, for one sync task with a timeout or for a run of them without."""
+
+    __slots__ = ("abandoned", "awaitable", "done", "finished", "strand", "task")
+
+    def __init__(self, strand: Strand, task: DeferredTask) -> None:
+        self.strand = strand
+        self.task = task
+        self.done = Event()
+        self.finished = False
+        self.abandoned = False  # whichever of the two comes first, under the runner's lock, excludes the other
+        self.awaitable: Awaitable[Any] | None = None
+
+    def run(self) -> None:
+        """In the thread: run the task and those after it."""
+        runner = self.strand.session.runner
+        while not self.finished:
+            self.awaitable = self.task._context.run(runner._run_sync, self.task)
+            with runner._lock:
+                if self.abandoned:
+                    break
+                following = self.strand.head()
+                alone = self.awaitable is not None or self.task.timeout
+                if alone or following is None or following._async or following.timeout:
+                    self.finished = True
+                else:
+                    self.task = self.strand.current = self.strand.queue.popleft()
+        if self.abandoned:
+            self.discard()
+
+    def abandon(self) -> bool:
+        """Give up on the thread, unless it has finished just now."""
+        with self.strand.session.runner._lock:
+            self.abandoned = not self.finished
+            return self.abandoned
+
+    def discard(self) -> None:
+        """Nobody will await what the task returned."""
+        if close := getattr(self.awaitable, "close", None):
+            close()
+
+
+class Worker:
+    """A pooled task that runs what its session dispatches to it (rule 4)."""
+
+    __slots__ = ("session", "strand", "woken")
+
+    def __init__(self, session: Session, strand: Strand) -> None:
+        self.session = session
+        self.strand: Strand | None = strand
+        self.woken: Event | None = None
+
+    async def run(self) -> None:
+        session, scheduler = self.session, self.session.scheduler
+        try:
+            host = asyncio.current_task()
+        except RuntimeError:  # trio
+            host = None
+        try:
+            await checkpoint()
+            while self.strand is not None:
+                strand, self.strand = self.strand, None
+                try:
+                    await session.run_unit(strand)
+                finally:
+                    scheduler.release(strand)
+                if host is not None and host.cancelling():
+                    break  # the user's code cancelled this very task: the next must not pay for it
+                if scheduler.waiting:
+                    await checkpoint()
+                session.idle.append(self)
+                scheduler.pump()
+                if self.strand is None and len(session.idle) > MAX_IDLE_WORKERS:
+                    session.idle.remove(self)
+                elif self.strand is None:
+                    self.woken = Event()
+                    await self.woken.wait()
+                    self.woken = None
+        except BaseException as exc:
+            if not torn_down() and isinstance(exc, get_cancelled_exc_class()):
+                return  # the user's code cancelled this task after its own had ended
+            session.cancelled = True
+            raise
+        finally:
+            if self.strand is not None:
+                scheduler.release(self.strand)
+            scheduler.pump()
+
+
+class Session:
+    """A home for strands on one event loop (rule 2)."""
+
+    group: TaskGroup
+
+    def __init__(self, scheduler: Scheduler, *, shield: bool = False) -> None:
+        self.scheduler = scheduler
+        self.runner = scheduler.runner
+        self.open = True
+        self.cancelled = False
+        self.idle: list[Worker] = []
+        self.strands: set[Strand] = set()
+        self.registered: set[DeferredTasks] = set()
+        self.scope = CancelScope(shield=shield)
+        self.draining = Event()
+        self.ended = Event()
+        self._settled = Event()
+        self._context = copy_context()
+
+    async def keep(
+        self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
+    ) -> None:
+        """Run the session, until it is drained and idle."""
+        try:
+            with self.scope:
+                async with create_task_group() as self.group:
+                    task_status.started()
+                    if tasks is not None:
+                        self.hand_over(tasks)
+                    await self.draining.wait()
+                    while not self._close_if_idle():
+                        await self._settled.wait()
+                        self._settled = Event()
+                    self.group.cancel_scope.cancel()
+        finally:
+            self._sweep()
+            self.ended.set()
+
+    async def drain(self, timeout: float) -> None:
+        """Wait for what is left, `timeout` seconds at most; then cancel the rest and wait for that."""
+        self.draining.set()
+        with move_on_after(timeout):
+            await self.ended.wait()
+        if not self.ended.is_set():
+            names = Counter(ascii(task.name) for task in self._unfinished())
+            logger.error(
+                "drain_timeout=%s s is over; abandoning deferred tasks: %s",
+                timeout,
+                ", ".join(f"{name} ({count})" for name, count in names.items()),
+            )
+            self.scope.cancel()
+            await self.ended.wait()
+
+    def hand_over(self, tasks: DeferredTasks) -> None:
+        """Take over the list of a request that has ended."""
+        with self.runner._lock:
+            self.registered.discard(tasks)
+            tasks._ended = True
+            tasks._session = self
+            pending = [task for task in tasks._tasks if task.state is TaskState.PENDING]
+            if self.runner._is_concurrent(tasks):
+                strands = [Strand(self, [task]) for task in pending]
+            else:
+                tasks._strand = Strand(self, pending)
+                strands = [tasks._strand]
+            for strand in strands:
+                strand.active = True
+            self.strands.update(strands)
+        self.scheduler.push(*strands)
+
+    def add_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
+        """Queue a task of a list that was handed over before. Under the runner's lock, from any thread."""
+        strand = tasks._strand
+        if strand is None or strand.session is not self:
+            strand = Strand(self, [])
+            if not self.runner._is_concurrent(tasks):
+                tasks._strand = strand
+        strand.queue.append(task)
+        if not strand.active:
+            strand.active = True
+            self.strands.add(strand)
+            self.scheduler.soon(self.scheduler.push, strand)
+
+    def retire(self, strand: Strand) -> None:
+        """Let go of a strand that has nothing left to run. Under the runner's lock."""
+        strand.active = False
+        if not self.cancelled:
+            self.strands.discard(strand)
+        self.settle()
+
+    def settle(self) -> None:
+        if not self.strands and not self.registered:
+            self._settled.set()
+
+    def dispatch(self, strand: Strand) -> None:
+        if self.idle:
+            worker = self.idle.pop()
+            worker.strand = strand
+            if worker.woken is not None:
+                worker.woken.set()
+        else:
+            # In the session's context: a worker outlives the request that happened to need it.
+            self._context.run(self.group.start_soon, Worker(self, strand).run)
+
+    async def run_unit(self, strand: Strand) -> None:
+        task = strand.current
+        assert task is not None
+        if task._async:
+            await in_context(task._context, self.runner._run_async(task))
+            return
+        hop = Hop(strand, task)
+        started = current_time()
+        self.runner._threads.start(hop.run, partial(self.scheduler.soon, self.scheduler.thread_done, hop))
+        try:
+            with move_on_after(task.timeout):
+                await hop.done.wait()
+        except BaseException:
+            if not hop.abandon():
+                hop.discard()
+            self.runner._finish_outside(hop.task, TaskState.ABANDONED)
+            raise
+        if not hop.done.is_set() and hop.abandon():
+            self.runner._time_out(hop.task)
+        elif hop.awaitable is not None:
+            left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
+            await in_context(hop.task._context, self.runner._run_awaitable(hop.task, hop.awaitable, left))
+
+    def _unfinished(self) -> list[DeferredTask]:
+        tasks = [task for strand in self.strands for task in (strand.current, *strand.queue) if task is not None]
+        tasks += [task for registered in self.registered for task in registered]
+        return [task for task in tasks if task.state in (TaskState.PENDING, TaskState.RUNNING)]
+
+    def _close_if_idle(self) -> bool:
+        with self.runner._lock:
+            self.open = bool(self.strands or self.registered)
+            return not self.open
+
+    def _sweep(self) -> None:
+        with self.runner._lock:
+            self.open = False
+            self.cancelled = True
+            left = self._unfinished()
+        for task in left:
+            self.runner._finish_outside(task, TaskState.ABANDONED)
+        with self.runner._lock:
+            self.strands.clear()
+            self.registered.clear()

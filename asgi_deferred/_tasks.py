@@ -1,0 +1,358 @@
+"""The task list of a request, its tasks, and how to get at them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from inspect import CO_COROUTINE, iscoroutine, iscoroutinefunction
+from math import inf
+from time import perf_counter
+from types import CodeType, FrameType, FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+
+from ._completion import FINAL, OPEN, WHEN, Outcome, Phase, When
+from ._exceptions import MiddlewareMissing
+
+if TYPE_CHECKING:
+    from ._runner import Runner
+    from ._scheduler import Session, Strand
+
+P = ParamSpec("P")
+
+KEY = "asgi_deferred"
+
+
+class TaskState(Enum):
+    """The states of a task: PENDING, RUNNING, then exactly one of the others."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed out"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+    ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """What an observer gets, once when a task starts and once when it ends.
+
+    Attributes:
+        task: The task.
+        state: RUNNING, or the task's final state.
+        outcome: How its request ended; `None` if the task ended before its request did.
+        queued: Seconds from `add_task` to the start (to the end, if it never started).
+        duration: Seconds from the start to now; 0.0 if it never started.
+        error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran.
+    """
+
+    task: DeferredTask
+    state: TaskState
+    outcome: Outcome | None
+    queued: float
+    duration: float
+    error: BaseException | None
+
+
+class Options(NamedTuple):
+    """What `options()` was given; `None` stands for the runner's default."""
+
+    when: When | None = None
+    timeout: float | None = None
+    key: Hashable = None
+    name: str | None = None
+
+
+def check_when(when: object) -> None:
+    if when not in WHEN if isinstance(when, str) else not callable(when):
+        raise ValueError(f"when={when!r} is unknown: use one of {WHEN} or a callable (Outcome) -> bool")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not a number")
+    if not value > 0:
+        raise ValueError(f"{name}={value!r} must be more than 0; leave it out for the default")
+
+
+class DeferredTask:
+    """One deferred call. `add_task` makes it; it is not made by hand.
+
+    Attributes:
+        func, args, kwargs: The call.
+        name: For logs and statistics; the function's qualified name unless `options(name=...)` says otherwise.
+        when, timeout, key: The options in force; `timeout` in seconds, `None` without one.
+        state: A `TaskState`.
+        error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran, else `None`.
+        added_at: "file:line" of the call that added it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_added",
+        "_async",
+        "_code",
+        "_context",
+        "_line",
+        "_name",
+        "_started",
+        "_tasks",
+        "args",
+        "error",
+        "func",
+        "key",
+        "kwargs",
+        "state",
+        "timeout",
+        "when",
+    )
+
+    def __init__(
+        self,
+        tasks: DeferredTasks,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+        frame: FrameType,
+    ) -> None:
+        runner = tasks._runner
+        self._tasks = tasks
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.when: When = options.when or runner.when
+        timeout = options.timeout or runner.timeout
+        self.timeout: float | None = None if timeout == inf else timeout
+        self.key = options.key
+        self._name = options.name
+        self.state = TaskState.PENDING
+        self.error: BaseException | None = None
+        self._async = is_async(func)
+        self._code: CodeType = frame.f_code
+        self._line: int = frame.f_lineno
+        self._context: Context = copy_context()
+        self._added: float = perf_counter()
+        self._started: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self._name or name_of(self.func)
+
+    @property
+    def added_at(self) -> str:
+        return f"{self._code.co_filename}:{self._line}"
+
+    def cancel(self) -> bool:
+        """Cancel the task if it is still PENDING, and return whether that was so. Safe from any thread."""
+        return self._tasks._runner._cancel(self)
+
+    def __repr__(self) -> str:
+        return f"<DeferredTask {self.name!r} {self.state.name} added at {self.added_at}>"
+
+
+class DeferredTasks:
+    """The tasks of one request or websocket connection, in the order added; sized and iterable.
+
+    `tasks_from(scope)`, `current_tasks()` and the frameworks' adapters give it; it is not made by hand.
+    All of it is safe to use from any thread.
+    """
+
+    # Class-level defaults: a request that defers nothing pays for two attributes, not for eight.
+    _phase: Phase = OPEN
+    _status: int | None = None
+    _error: BaseException | None = None
+    _ended: bool = False
+    _outcome: Outcome | None = None
+    _request: str = ""
+    _keys: dict[Hashable, DeferredTask] | None = None
+    _session: Session | None = None
+    _strand: Strand | None = None
+
+    def __init__(self, runner: Runner, kind: Any) -> None:
+        self._runner = runner
+        self._type = kind
+        self._tasks: list[DeferredTask] = []
+
+    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+        """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
+
+        It sees the context variables of this line. Arguments that do not fit the function are found when
+        it runs; the log then names this line.
+
+        Raises:
+            TypeError: `func` is not callable, most often because it was called: `add_task(f(x))`.
+            BacklogFull: `max_pending` tasks are unfinished, and the runner has `overflow="reject"`.
+            RunnerClosed: The request is over and so is everything that could run the task.
+        """
+        return self._add(func, args, kwargs, _NO_OPTIONS, sys._getframe(1))
+
+    def options(
+        self,
+        *,
+        when: When | None = None,
+        timeout: float | None = None,
+        key: Hashable = None,
+        name: str | None = None,
+    ) -> TaskAdder:
+        """Return an object whose `add_task` adds with these options.
+
+        Args:
+            when: "success", "complete", "failure", "always", or a callable `(Outcome) -> bool`; the runner's
+                default if left out.
+            timeout: Seconds from the moment the task starts; the runner's default if left out, `math.inf`
+                for none. An async task is cancelled then. A thread cannot be: the list goes on without it.
+            key: A later task of this list with an equal key replaces this one while it is PENDING.
+            name: For logs and statistics.
+
+        Raises:
+            ValueError: `when` is unknown, or `timeout` is not above 0.
+            TypeError: `timeout` is not a number, or `key` is not hashable.
+        """
+        if when is not None:
+            check_when(when)
+        if timeout is not None:
+            check_positive("timeout", timeout)
+        try:
+            hash(key)
+        except TypeError:
+            raise TypeError(f"key={key!r} is not hashable: use a string or a tuple") from None
+        return TaskAdder(self, Options(when, timeout, key, name))
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the request ended; `None` until it has."""
+        if self._outcome is None and self._ended:
+            complete = self._phase == FINAL or (self._type == "websocket" and self._error is None)
+            self._outcome = Outcome(self._type, self._status, complete, self._error)
+        return self._outcome
+
+    def _add(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+        frame: FrameType,
+    ) -> DeferredTask:
+        if not callable(func):
+            raise _not_callable(func)
+        task = DeferredTask(self, func, args, kwargs, options, frame)
+        self._runner._accept(self, task)
+        return task
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[DeferredTask]:
+        return iter(self._tasks.copy())
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{task.name} {task.state.name}" for task in self)
+        return f"<DeferredTasks [{states}]>"
+
+
+class TaskAdder:
+    """A task list with options: what `DeferredTasks.options` returns."""
+
+    __slots__ = ("_options", "_tasks")
+
+    def __init__(self, tasks: DeferredTasks, options: Options) -> None:
+        self._tasks = tasks
+        self._options = options
+
+    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+        """As `DeferredTasks.add_task`, with the options."""
+        return self._tasks._add(func, args, kwargs, self._options, sys._getframe(1))
+
+
+_NO_OPTIONS = Options()
+
+current: ContextVar[DeferredTasks | None] = ContextVar("asgi_deferred", default=None)
+
+
+def current_tasks() -> DeferredTasks:
+    """Return the task list of the request in whose context this is called, threads included.
+
+    Raises:
+        MiddlewareMissing: There is none.
+    """
+    tasks = current.get()
+    if tasks is None:
+        raise MiddlewareMissing(
+            "There is no current request to defer work for: either this runs outside of one, or the "
+            "application is not wrapped. Wrap it, app = DeferredMiddleware(app), or enter `async with runner:`."
+        )
+    return tasks
+
+
+def defer(func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    """Add a task to the current request's list: `current_tasks().add_task(func, *args, **kwargs)`.
+
+    Raises:
+        MiddlewareMissing: There is no current request.
+        TypeError, BacklogFull, RunnerClosed: As `DeferredTasks.add_task`.
+    """
+    return current_tasks()._add(func, args, kwargs, _NO_OPTIONS, sys._getframe(1))
+
+
+def tasks_from(source: Any) -> DeferredTasks:
+    """Return the task list of an ASGI scope, or of anything that has one as its `scope` attribute.
+
+    Requests and websockets of Starlette, FastAPI, Django, Litestar and Quart do.
+
+    Raises:
+        MiddlewareMissing: The scope has no list, as the application is not wrapped.
+        TypeError: `source` is neither a scope nor has one.
+    """
+    scope = source if isinstance(source, Mapping) and "type" in source else getattr(source, "scope", None)
+    if not isinstance(scope, Mapping):
+        raise TypeError(
+            f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}"
+        )
+    tasks = scope.get(KEY)
+    if not isinstance(tasks, DeferredTasks):
+        raise MiddlewareMissing(
+            f"This {scope.get('type')} scope has no task list, as the application is not wrapped. "
+            "Wrap it: app = DeferredMiddleware(app), or app.add_middleware(DeferredMiddleware)."
+        )
+    return tasks
+
+
+def unwrap_partial(func: Any) -> Any:
+    while isinstance(func, partial):
+        func = func.func
+    return func
+
+
+def name_of(func: Any) -> str:
+    """Name a callable: its qualified name, that of what a `partial` wraps, or its type's."""
+    func = unwrap_partial(func)
+    return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+def is_async(func: Any) -> bool:
+    """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
+    if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
+        return True
+    func = unwrap_partial(func)
+    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))
+
+
+def _not_callable(func: object) -> TypeError:
+    if iscoroutine(func):
+        func.close()  # or Python warns about it a second time, far from here
+        return TypeError(
+            f"add_task() got the coroutine {func.__qualname__}(...), which is a call that was made already. "
+            "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."
+        )
+    return TypeError(
+        f"add_task() got {type(func).__name__!r}, which cannot be called. "
+        "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."
+    )

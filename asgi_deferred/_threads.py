@@ -1,0 +1,49 @@
+"""Worker threads for sync tasks.
+
+Not `anyio.to_thread`: its limiter forgets a thread that a timeout gave up on, though it still runs, and on asyncio
+its threads hold the process open at exit. These are daemons, counted until they are really done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from typing import TypeAlias
+
+Job: TypeAlias = Callable[[], None]
+
+IDLE_SECONDS = 10.0
+
+
+class Threads:
+    """Starts threads as needed and reuses them; one that idles for `IDLE_SECONDS` ends. The caller sets the limit."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._idle: list[SimpleQueue[tuple[Job, Job]]] = []
+
+    def start(self, job: Job, done: Job) -> None:
+        """Run `job` in a thread of its own, then, once that thread is free again, `done`. Neither may raise."""
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            inbox = SimpleQueue()
+            Thread(target=self._serve, args=(inbox,), name="asgi-deferred", daemon=True).start()
+        inbox.put((job, done))
+
+    def _serve(self, inbox: SimpleQueue[tuple[Job, Job]]) -> None:
+        while True:
+            try:
+                job, done = inbox.get(timeout=IDLE_SECONDS)
+            except Empty:
+                with self._lock:
+                    if inbox in self._idle:
+                        self._idle.remove(inbox)
+                        return
+                continue  # a job is on its way
+            job()
+            with self._lock:
+                self._idle.append(inbox)
+            done()
+            del job, done  # an idle thread keeps nothing of its last task alive
