@@ -31,31 +31,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
-Phase: TypeAlias = int
-OPEN: Phase = 0
-TRAILERS: Phase = 1  # open, and the body will not be the end
-FINAL: Phase = 2
 
-_BODY = {
-    "http.response.body",
-    "http.response.pathsend",
-    "http.response.zerocopysend",
-    "websocket.http.response.body",
-}
+_LIKE_BODY = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
 
 
-def advance(phase: Phase, message: Any) -> Phase:
-    """Return the phase of a response after `message` was sent in `phase`."""
+def is_final(start: Any, message: Any) -> bool:
+    """Whether `message` ends a response that began with the message `start` (`None` before one was sent)."""
     kind = message["type"]
-    if phase == FINAL or kind == "websocket.close":
-        return FINAL
-    if kind in _BODY:
-        return TRAILERS if phase == TRAILERS else OPEN if message.get("more_body") else FINAL
-    if kind == "http.response.start":
-        return TRAILERS if message.get("trailers") else OPEN
-    if kind == "http.response.trailers" and not message.get("more_trailers"):
-        return FINAL
-    return phase
+    if kind == "http.response.body" or kind in _LIKE_BODY:
+        return not (message.get("more_body") or (start and start.get("trailers")))
+    if kind == "http.response.trailers":
+        return not message.get("more_trailers")
+    return kind in ("websocket.close", "websocket.disconnect")
 
 
 @dataclass(frozen=True, slots=True)

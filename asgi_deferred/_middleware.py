@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from anyio import get_cancelled_exc_class
 
-from ._completion import FINAL, OPEN, advance
+from ._completion import is_final
 from ._lifespan import run_lifespan
 from ._runner import Runner, request_line
 from ._tasks import KEY, DeferredTasks, current
@@ -45,43 +45,31 @@ class DeferredMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
-        if KEY in scope and not scope[KEY]._ended or kind not in ("http", "websocket", "lifespan"):
-            await self.app(scope, receive, send)
-            return
-        if kind == "lifespan":
+        if kind == "lifespan" and KEY not in scope:
             await run_lifespan(self.app, self.runner, scope, receive, send)
             return
+        if kind not in ("http", "websocket") or (KEY in scope and not scope[KEY]._ended):
+            await self.app(scope, receive, send)
+            return
         tasks = DeferredTasks(self.runner, kind)
-        handing_over = False
 
         def note_and_send(message: Any) -> Awaitable[None]:
-            if tasks._phase != FINAL:
-                tasks._phase = advance(tasks._phase, message)
-                if "status" in message:
-                    tasks._status = message["status"]
-                if tasks._phase == FINAL and tasks._tasks:
+            if message["type"] == "http.response.start":
+                tasks._start = message
+            elif is_final(tasks._start, message):
+                tasks._complete = True
+                if tasks._tasks:
                     self.runner._register(tasks)
-                    return send_final(message)
+                    return _send_final(tasks, send, message)
             return send(message)
-
-        async def send_final(message: Any) -> None:
-            nonlocal handing_over
-            handing_over = True
-            await send(message)
-            handing_over = False
-
-        async def receive_and_note() -> Any:
-            message = await receive()
-            if message["type"] == "websocket.disconnect":
-                tasks._phase = FINAL
-                if tasks._tasks: self.runner._register(tasks)
-            return message
 
         token = current.set(tasks)
         try:
-            await self.app({**scope, KEY: tasks}, receive if kind == "http" else receive_and_note, note_and_send)
+            if kind == "websocket":
+                receive = _noting(tasks, receive)
+            await self.app({**scope, KEY: tasks}, receive, note_and_send)
         except BaseException as exc:
-            if not (handing_over and isinstance(exc, get_cancelled_exc_class())):
+            if not (tasks._handing_over and isinstance(exc, get_cancelled_exc_class())):
                 tasks._error = exc
             raise
         finally:
@@ -91,3 +79,19 @@ class DeferredMiddleware:
                 await self.runner._end(tasks)
             else:
                 tasks._ended = True
+
+
+async def _send_final(tasks: DeferredTasks, send: Any, message: Any) -> None:
+    tasks._handing_over = True
+    await send(message)
+    tasks._handing_over = False
+
+
+def _noting(tasks: DeferredTasks, receive: Any) -> Any:
+    async def receive_and_note() -> Any:
+        message = await receive()
+        if is_final(None, message):
+            tasks._complete = True
+        return message
+
+    return receive_and_note

@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, c
 from functools import partial
 from inspect import isasyncgen, isasyncgenfunction, isawaitable, isgenerator, isgeneratorfunction
 from logging import getLogger
-from threading import Lock
+from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar
 
-from ._completion import FINAL, When, lets_through
+from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, RunnerClosed
 from ._scheduler import Scheduler, Session, soon_here, torn_down
 from ._tasks import DeferredTask, DeferredTasks, TaskEvent, TaskState, check_positive, check_when, current, unwrap_partial
@@ -149,7 +149,7 @@ class Runner:
                 )
             self._live = session
         tasks = DeferredTasks(self, "lifespan")
-        tasks._phase, tasks._ended, tasks._session = FINAL, True, session
+        tasks._complete, tasks._ended, tasks._session = True, True, session
         before = current.get()
         error: Exception | None = None
         try:
@@ -180,11 +180,9 @@ class Runner:
             return scheduler
 
     def _session(self) -> Session | None:
-        """Return the live session, if there is one on this event loop."""
+        """Return the live session, if there is one on this thread's event loop."""
         session = self._live
-        if session is None or not session.open or session.scheduler is not self._scheduler():
-            return None
-        return session
+        return session if session is not None and session.open and session.thread == get_ident() else None
 
     # A request ends
 
@@ -293,10 +291,8 @@ class Runner:
 
     def _begin(self, task: DeferredTask) -> bool:
         """Claim a task that is about to run, in its context; return whether it shall."""
-        outcome = task._tasks.outcome
-        assert outcome is not None
         try:
-            wanted = lets_through(task.when, outcome)
+            wanted = lets_through(task.when, cast("Outcome", task._tasks.outcome))
         except BaseException as exc:
             self._finish(task, TaskState.FAILED, exc)
             return False

@@ -22,6 +22,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from logging import getLogger
 from math import inf
+from threading import get_ident
 from types import coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class Strand:
         self.session = session
         self.queue = deque(tasks)
         self.current: DeferredTask | None = None
-        self.active = False
+        self.active = True
 
     def head(self) -> DeferredTask | None:
         """Return the next task that is still PENDING. Under the runner's lock."""
@@ -153,9 +154,13 @@ class Scheduler:
 
     def release(self, strand: Strand) -> None:
         """Take a slot back, and queue what else the strand has."""
-        strand.current = None
         self.slots += 1
-        self.waiting.append(strand)
+        with self.runner._lock:
+            strand.current = None
+            if strand.head() is None or strand.session.cancelled:
+                strand.session.retire(strand)
+            else:
+                self.waiting.append(strand)
 
     def thread_done(self, hop: Hop) -> None:
         self.threads += 1
@@ -269,6 +274,7 @@ class Session:
         self.draining = Event()
         self.ended = Event()
         self._settled = Event()
+        self.thread = get_ident()
         self._context = copy_context()
 
     async def keep(
@@ -311,29 +317,25 @@ class Session:
             self.registered.discard(tasks)
             tasks._ended = True
             tasks._session = self
-            pending = [task for task in tasks._tasks if task.state is TaskState.PENDING]
             if self.runner._is_concurrent(tasks):
-                strands = [Strand(self, [task]) for task in pending]
+                strands = [Strand(self, [task]) for task in tasks._tasks]
             else:
-                tasks._strand = Strand(self, pending)
+                tasks._strand = Strand(self, tasks._tasks)
                 strands = [tasks._strand]
-            for strand in strands:
-                strand.active = True
             self.strands.update(strands)
         self.scheduler.push(*strands)
 
     def add_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
         """Queue a task of a list that was handed over before. Under the runner's lock, from any thread."""
         strand = tasks._strand
-        if strand is None or strand.session is not self:
-            strand = Strand(self, [])
-            if not self.runner._is_concurrent(tasks):
-                tasks._strand = strand
-        strand.queue.append(task)
-        if not strand.active:
-            strand.active = True
-            self.strands.add(strand)
-            self.scheduler.soon(self.scheduler.push, strand)
+        if strand is not None and strand.active and strand.session is self:
+            strand.queue.append(task)
+            return
+        strand = Strand(self, [task])
+        if not self.runner._is_concurrent(tasks):
+            tasks._strand = strand
+        self.strands.add(strand)
+        self.scheduler.soon(self.scheduler.push, strand)
 
     def retire(self, strand: Strand) -> None:
         """Let go of a strand that has nothing left to run. Under the runner's lock."""

@@ -14,7 +14,7 @@ from time import perf_counter
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
-from ._completion import FINAL, OPEN, WHEN, Outcome, Phase, When
+from ._completion import WHEN, Outcome, When
 from ._exceptions import MiddlewareMissing
 
 if TYPE_CHECKING:
@@ -164,21 +164,37 @@ class DeferredTasks:
     All of it is safe to use from any thread.
     """
 
-    # Class-level defaults: a request that defers nothing pays for two attributes, not for eight.
-    _phase: Phase = OPEN
-    _status: int | None = None
-    _error: BaseException | None = None
-    _ended: bool = False
-    _outcome: Outcome | None = None
-    _request: str = ""
-    _keys: dict[Hashable, DeferredTask] | None = None
-    _session: Session | None = None
-    _strand: Strand | None = None
+    __slots__ = (
+        "__weakref__",
+        "_complete",
+        "_ended",
+        "_error",
+        "_handing_over",
+        "_keys",
+        "_outcome",
+        "_request",
+        "_runner",
+        "_session",
+        "_start",
+        "_strand",
+        "_tasks",
+        "_type",
+    )
 
     def __init__(self, runner: Runner, kind: Any) -> None:
         self._runner = runner
         self._type = kind
         self._tasks: list[DeferredTask] = []
+        self._ended = False
+        self._start: Any = None
+        self._complete = False
+        self._error: BaseException | None = None
+        self._handing_over = False
+        self._outcome: Outcome | None = None
+        self._request = ""
+        self._keys: dict[Hashable, DeferredTask] | None = None
+        self._session: Session | None = None
+        self._strand: Strand | None = None
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
@@ -229,8 +245,9 @@ class DeferredTasks:
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
         if self._outcome is None and self._ended:
-            complete = self._phase == FINAL or (self._type == "websocket" and self._error is None)
-            self._outcome = Outcome(self._type, self._status, complete, self._error)
+            status = None if self._start is None else self._start["status"]
+            complete = self._complete or (self._type == "websocket" and self._error is None)
+            self._outcome = Outcome(self._type, status, complete, self._error)
         return self._outcome
 
     def _add(
