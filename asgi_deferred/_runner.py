@@ -25,7 +25,16 @@ from anyio.lowlevel import RunVar
 from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, RunnerClosed
 from ._scheduler import Scheduler, Session, soon_here, torn_down
-from ._tasks import DeferredTask, DeferredTasks, TaskEvent, TaskState, check_positive, check_when, current, unwrap_partial
+from ._tasks import (
+    DeferredTask,
+    DeferredTasks,
+    TaskEvent,
+    TaskState,
+    check_positive,
+    check_when,
+    current,
+    unwrap_partial,
+)
 from ._threads import Threads
 
 if TYPE_CHECKING:
@@ -341,9 +350,7 @@ class Runner:
     def _notify(self, task: DeferredTask, state: TaskState) -> None:
         now = perf_counter()
         started = task._started or now
-        event = TaskEvent(
-            task, state, task._tasks.outcome, started - task._added, now - started, task.error
-        )
+        event = TaskEvent(task, state, task._tasks.outcome, started - task._added, now - started, task.error)
         for observer in self.observers:
             try:
                 observer(event)

@@ -330,9 +330,7 @@ def tasks_from(source: Any) -> DeferredTasks:
     """
     scope = source if isinstance(source, Mapping) and "type" in source else getattr(source, "scope", None)
     if not isinstance(scope, Mapping):
-        raise TypeError(
-            f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}"
-        )
+        raise TypeError(f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}")
     tasks = scope.get(KEY)
     if not isinstance(tasks, DeferredTasks):
         raise MiddlewareMissing(
