@@ -32,7 +32,8 @@ class DeferredMiddleware:
     message of the response was handed to the server and the application's call has ended: in the background,
     until the server's lifespan ends; without a lifespan, before the middleware's own call returns.
 
-    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and passes through.
+    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and
+    passes through.
 
     Args:
         app: The application.
@@ -53,7 +54,7 @@ class DeferredMiddleware:
             return
         tasks = DeferredTasks(self.runner, kind)
 
-        def note_and_send(message: Any) -> Awaitable[None]:
+        def note_and_send(message: Any) -> Any:
             if message["type"] == "http.response.start":
                 tasks._start = message
             elif is_final(tasks._start, message):

@@ -207,13 +207,13 @@ class Runner:
         cancelled = isinstance(tasks._error, get_cancelled_exc_class())
         session = tasks._session or self._session()
         if session is None or not session.open:
-            await self._run_here(tasks, cancelled)
+            await self._run_here(tasks, cancelled=cancelled)
         else:
             session.hand_over(tasks)
             if self._unfinished > self.max_pending and not cancelled:
                 await self._until(self.max_pending)
 
-    async def _run_here(self, tasks: DeferredTasks, cancelled: bool) -> None:
+    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
         session = Session(self._scheduler(), shield=True)
         session.draining.set()
         async with create_task_group() as group:
@@ -257,7 +257,7 @@ class Runner:
             with self._lock:
                 if self._unfinished <= limit:
                     return
-                self._waiters.setdefault(limit, []).append(lambda event=event: soon(event.set))
+                self._waiters.setdefault(limit, []).append(partial(soon, event.set))
             await event.wait()
 
     def _accept(self, tasks: DeferredTasks, task: DeferredTask) -> None:
@@ -384,13 +384,12 @@ class Runner:
     async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
             with self._entered(task) if self.around and awaitable is None else _NOTHING:
-                if awaitable is None:
-                    awaitable = task.func(*task.args, **task.kwargs)
+                call: Any = task.func(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
-                    await awaitable
+                    await call
                 else:
                     with move_on_after(timeout) as scope:
-                        await awaitable
+                        await call
                     if scope.cancelled_caught:
                         raise _TimeUp(f"timeout={task.timeout} s is over")
         except BaseException as exc:
