@@ -42,7 +42,7 @@ class DeferredMiddleware:
 
     def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
         self.app = app
-        self.runner = runner if runner is not None else Runner()
+        self.runner: Runner = runner if runner is not None else Runner()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]

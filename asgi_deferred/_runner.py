@@ -120,8 +120,8 @@ class Runner:
         self.when: When = when
         self.timeout = timeout
         self.drain_timeout = drain_timeout
-        self.observers = tuple(observers)
-        self.around = tuple(around)
+        self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
+        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0

@@ -124,15 +124,15 @@ class DeferredTask:
     ) -> None:
         runner = tasks._runner
         self._tasks = tasks
-        self.func = func
-        self.args = args
-        self.kwargs = kwargs
+        self.func: Callable[..., Any] = func
+        self.args: tuple[Any, ...] = args
+        self.kwargs: dict[str, Any] = kwargs
         self.when: When = options.when or runner.when
         timeout = options.timeout or runner.timeout
         self.timeout: float | None = None if timeout == inf else timeout
-        self.key = options.key
+        self.key: Hashable = options.key
         self._name = options.name
-        self.state = TaskState.PENDING
+        self.state: TaskState = TaskState.PENDING
         self.error: BaseException | None = None
         self._async = is_async(func)
         self._code: CodeType = frame.f_code
