@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -29,13 +30,9 @@ def blocks(*languages: str) -> list[tuple[int, str]]:
 
 def programs() -> list[list[tuple[int, str]]]:
     """The Python blocks, those that continue one another together."""
-    found: list[list[tuple[int, str]]] = []
-    for line, code in blocks("python"):
-        if code.startswith("# continues"):
-            found[-1].append((line, code))
-        else:
-            found.append([(line, code)])
-    return found
+    found = blocks("python")
+    starts = [index for index, (_, code) in enumerate(found) if not code.startswith("# continues")]
+    return [found[start:end] for start, end in pairwise([*starts, len(found)])]
 
 
 def test_blocks_are_found() -> None:
