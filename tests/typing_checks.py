@@ -1,7 +1,9 @@
 """What type checkers accept and refuse. It is checked, and never run.
 
-Each refused line carries both checkers' ignore comment, and both report one that has become needless.
+Each refused line carries an ignore comment, and mypy and pyright both report one that has become needless.
 """
+
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 
 from __future__ import annotations
 
@@ -56,9 +58,9 @@ def frameworks_applications_are_wrapped() -> None:
     DeferredMiddleware(FastAPI(), runner=Runner())
     DeferredMiddleware(DeferredMiddleware(FastAPI()))
     GZipMiddleware(DeferredMiddleware(Starlette()))
-    DeferredMiddleware(runner=Runner())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    DeferredMiddleware("app")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    DeferredMiddleware(FastAPI(), Runner)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    DeferredMiddleware(runner=Runner())  # type: ignore[call-arg]
+    DeferredMiddleware("app")  # type: ignore[arg-type]
+    DeferredMiddleware(FastAPI(), Runner)  # type: ignore[arg-type]
 
 
 def starlette_adds_the_middleware() -> None:
@@ -66,15 +68,15 @@ def starlette_adds_the_middleware() -> None:
     app.add_middleware(DeferredMiddleware)
     app.add_middleware(DeferredMiddleware, runner=Runner())
     app.add_middleware(DeferredMiddleware, Runner())
-    app.add_middleware(DeferredMiddleware, runner=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    app.add_middleware(DeferredMiddleware, speed=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    app.add_middleware(DeferredMiddleware, runner=1)  # type: ignore[arg-type]
+    app.add_middleware(DeferredMiddleware, speed=1)  # type: ignore[call-arg]
 
 
 def fastapi_adds_the_middleware() -> None:
     app = FastAPI()
     app.add_middleware(DeferredMiddleware)
     app.add_middleware(DeferredMiddleware, runner=Runner())
-    app.add_middleware(DeferredMiddleware, runner=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    app.add_middleware(DeferredMiddleware, runner=1)  # type: ignore[arg-type]
 
 
 def send(to: str, *, subject: str = "hi") -> None: ...
@@ -99,14 +101,14 @@ def a_functions_own_parameters_are_checked(tasks: DeferredTasks) -> None:
     defer(Mailer().send, to="a@b.c")
     defer(lambda: None)
 
-    tasks.add_task(send)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    tasks.add_task(send, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    tasks.add_task(send, "a@b.c", when="always")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    tasks.add_task(charge(1, 2))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    tasks.add_task(None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    defer(charge, "1", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    defer(charge, 1, 2, 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    defer(Mailer().send, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    tasks.add_task(send)  # type: ignore[call-arg]
+    tasks.add_task(send, 1)  # type: ignore[arg-type]
+    tasks.add_task(send, "a@b.c", when="always")  # type: ignore[call-arg]
+    tasks.add_task(charge(1, 2))  # type: ignore[arg-type]
+    tasks.add_task(None)  # type: ignore[arg-type]
+    defer(charge, "1", 2)  # type: ignore[arg-type]
+    defer(charge, 1, 2, 3)  # type: ignore[call-arg]
+    defer(Mailer().send, 1)  # type: ignore[arg-type]
 
 
 def options_are_checked(tasks: DeferredTasks) -> None:
@@ -114,11 +116,11 @@ def options_are_checked(tasks: DeferredTasks) -> None:
     assert_type(adder.add_task(charge, 1, 2), DeferredTask)
     tasks.options(when=lambda outcome: outcome.status == 404).add_task(send, "a@b.c")
 
-    adder.add_task(charge, "1", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    tasks.options(when="sometimes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    tasks.options(timeout="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    tasks.options(retries=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    tasks.options("always")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    adder.add_task(charge, "1", 2)  # type: ignore[arg-type]
+    tasks.options(when="sometimes")  # type: ignore[arg-type]
+    tasks.options(timeout="5")  # type: ignore[arg-type]
+    tasks.options(retries=3)  # type: ignore[call-arg]
+    tasks.options("always")  # type: ignore[call-arg]
 
 
 def lists_are_found(scope: HTTPScope, starlettes: Scope, connection: HTTPConnection) -> None:
@@ -151,7 +153,7 @@ def an_outcome_is_frozen(outcome: Outcome) -> None:
     assert_type(outcome.complete, bool)
     assert_type(outcome.error, BaseException | None)
     assert_type(outcome.success, bool)
-    outcome.status = 200  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    outcome.status = 200  # type: ignore[misc]
 
 
 def an_event_is_frozen(event: TaskEvent) -> None:
@@ -161,7 +163,7 @@ def an_event_is_frozen(event: TaskEvent) -> None:
     assert_type(event.queued, float)
     assert_type(event.duration, float)
     assert_type(event.error, BaseException | None)
-    event.queued = 0.0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    event.queued = 0.0  # type: ignore[misc]
 
 
 def observe(event: TaskEvent) -> None: ...
@@ -184,12 +186,12 @@ def a_runners_options_are_checked() -> None:
         observers=[observe],
         around=[span],
     )
-    Runner(8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    Runner(max_threads="8")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    Runner(overflow="drop")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    Runner(when="never")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    Runner(observers=[span, send])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
-    Runner(around=[observe])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    Runner(8)  # type: ignore[call-arg]
+    Runner(max_threads="8")  # type: ignore[arg-type]
+    Runner(overflow="drop")  # type: ignore[arg-type]
+    Runner(when="never")  # type: ignore[arg-type]
+    Runner(observers=[span, send])  # type: ignore[list-item]
+    Runner(around=[observe])  # type: ignore[list-item]
 
 
 async def a_runner_is_a_context_manager_and_tells_its_counts(runner: Runner) -> None:
