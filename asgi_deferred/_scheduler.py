@@ -79,7 +79,8 @@ def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[A
             value = yield trap
             step = coro.send
         except GeneratorExit as exc:  # the event loop is gone
-            context.run(suppress(BaseException)(coro.throw), exc)
+            with suppress(BaseException):
+                context.run(coro.throw, exc)
             raise
         except BaseException as exc:
             step, value = coro.throw, exc
@@ -379,7 +380,7 @@ class Session:
 
     async def run_unit(self, strand: Strand) -> None:
         task = strand.current
-        assert task is not None
+        assert task is not None  # noqa: S101
         if task._async:
             await in_context(task._context, self.runner._run_async(task))
             return
