@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import ALL, GRANIAN, H11, HYPERCORN, Kind, Server, read_until, raw_request, serve, tasks
+from .harness import ALL, GRANIAN, H11, HYPERCORN, Kind, Server, read_until, raw_request, serve, tasks
 from websockets.sync.client import connect
 
 pytestmark = pytest.mark.servers
@@ -97,7 +97,7 @@ def test_pipelined_request(kind: Kind, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [H11, HYPERCORN, GRANIAN], ids=str)
 def test_application_without_lifespan(kind: Kind, tmp_path: Path) -> None:
     """G8, G10: for an application that raises on its lifespan the server still gets each message once, after the drain."""
-    with serve(kind, tmp_path, app="apps:django_only") as server:
+    with serve(kind, tmp_path, app="django_only") as server:
         assert server.get("/async" + tasks("held:gated", request="one")).text == "hello"
         server.wait_for("one held RUNNING")
         server.send_signal()
