@@ -20,7 +20,7 @@ import httpx
 import trustme
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 30.0  # of anything a test waits for in a server's process
+DEADLINE = 20.0  # of anything a test waits for in a server's process
 
 
 def free_port() -> int:
@@ -73,6 +73,9 @@ class Server:
         except OSError:
             return False
         return True
+
+    def wait_until_closed(self) -> None:
+        until(lambda: not self.accepts(), "the server to close its listening socket")
 
     def get(self, path: str) -> httpx.Response:
         with self.client() as client:
