@@ -188,13 +188,13 @@ def _certificates(folder: Path) -> tuple[ssl.SSLContext, str]:
 
 
 @contextmanager
-def serve(kind: Kind, folder: Path, *, app: str = "app", drain_timeout: float = 15.0) -> Iterator[Server]:
+def serve(kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: float = 15.0) -> Iterator[Server]:
     """Start a server and wait until it answers; at the end make sure that it is gone, and its children with it."""
     port = free_port()
     (folder / "gates").mkdir()
     (folder / "gates" / "hello.txt").write_text("hello")
     (folder / "transcript").touch()
-    command = [part.format(port=port, app=f"tests.servers.apps:{app}") for part in kind.command]
+    command = [part.format(port=port, app=f"tests.servers.{app}") for part in kind.command]
     settings = kind.settings
     client_tls = None
     if kind.tls:

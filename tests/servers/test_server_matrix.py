@@ -137,7 +137,7 @@ def test_client_leaves_without_reading(server: Server) -> None:
 @pytest.mark.parametrize("kind", [H11, HYPERCORN, GRANIAN], ids=str)
 def test_application_without_lifespan(kind: Kind, tmp_path: Path) -> None:
     """G8, G10: for an application that raises on its lifespan the server still gets each message once, after the drain."""
-    with serve(kind, tmp_path, app="django_only") as server:
+    with serve(kind, tmp_path, app="apps:django_only") as server:
         assert server.get("/async" + tasks("held:gated", request="one")).text == "hello"
         server.wait_for("one held RUNNING")
         server.send_signal()
