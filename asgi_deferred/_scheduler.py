@@ -165,8 +165,7 @@ class Scheduler:
 
     def put_back(self, strand: Strand) -> None:
         """Undo a claim whose task was not begun."""
-        task = strand.current
-        assert task is not None
+        task = cast("DeferredTask", strand.current)
         if not task._async:
             self.threads += 1
         strand.queue.appendleft(task)
