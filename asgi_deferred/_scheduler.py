@@ -24,7 +24,7 @@ from logging import getLogger
 from math import inf
 from threading import get_ident
 from types import coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anyio import (
     TASK_STATUS_IGNORED,
