@@ -135,8 +135,9 @@ class Runner:
     # Started and drained
 
     async def __aenter__(self) -> Self:
-        self._block = self._run()
-        await self._block.__aenter__()
+        block = self._run()
+        await block.__aenter__()
+        self._block = block
         return self
 
     async def __aexit__(
@@ -188,30 +189,27 @@ class Runner:
             self._schedulers.set(scheduler)
             return scheduler
 
-    def _session(self) -> Session | None:
-        """Return the live session, if there is one on this thread's event loop."""
-        session = self._live
-        return session if session is not None and session.open and session.thread == get_ident() else None
-
     # A request ends
 
     def _register(self, tasks: DeferredTasks) -> None:
-        """Let a drain wait for a request whose final message is about to go out."""
-        session = self._session()
-        if session is not None:
+        """Let a drain wait for a request that has tasks, and is past its response but not yet returned."""
+        session = self._live
+        if session is not None and session.open:
             session.registered.add(tasks)
             tasks._session = session
 
     async def _end(self, tasks: DeferredTasks) -> None:
         """Run what the request deferred: in the background, or without a lifespan here and now."""
         cancelled = isinstance(tasks._error, get_cancelled_exc_class())
-        session = tasks._session or self._session()
-        if session is None or not session.open:
-            await self._run_here(tasks, cancelled)
-        else:
+        session = tasks._session or self._live
+        if session is not None and session.open and session.thread == get_ident():
             session.hand_over(tasks)
             if self._unfinished > self.max_pending and not cancelled:
                 await self._until(self.max_pending)
+            return
+        if session is not None:  # of another thread's event loop
+            session.unregister(tasks)
+        await self._run_here(tasks, cancelled)
 
     async def _run_here(self, tasks: DeferredTasks, cancelled: bool) -> None:
         session = Session(self._scheduler(), shield=True)
@@ -268,10 +266,12 @@ class Runner:
                     f"{task.name!a} was not accepted: max_pending={self.max_pending} tasks are unfinished, and the "
                     "runner has overflow='reject'. Answer 503, or raise max_pending."
                 )
-            if tasks._ended:
+            tasks._tasks.append(task)
+            if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
+                tasks._tasks.pop()
                 self._accept_late(tasks, task)
-            else:
-                tasks._tasks.append(task)
+            elif tasks._complete:
+                self._register(tasks)
             self._accepted += 1
             self._unfinished += 1
             if task.key is not None:

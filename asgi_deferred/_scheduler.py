@@ -325,6 +325,11 @@ class Session:
             self.strands.update(strands)
         self.scheduler.push(*strands)
 
+    def unregister(self, tasks: DeferredTasks) -> None:
+        """Let go of a request that runs its tasks elsewhere, from any thread."""
+        self.registered.discard(tasks)
+        self.scheduler.soon(self.settle)
+
     def add_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
         """Queue a task of a list that was handed over before. Under the runner's lock, from any thread."""
         strand = tasks._strand
