@@ -97,12 +97,15 @@ async def test_record_collects_with_async_client(deferred: list[DeferredTask]) -
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         defer(log.note, "here")
-        await anyio.to_thread.run_sync(defer, log.note, "there")
+        await anyio.to_thread.run_sync(lambda: defer(log.note, "there"))
         await PlainTextResponse("hello")(scope, receive, send)
 
-    async with runner, httpx.AsyncClient(
-        transport=httpx.ASGITransport(DeferredMiddleware(app, runner)), base_url="http://test"
-    ) as client:
+    async with (
+        runner,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(DeferredMiddleware(app, runner)), base_url="http://test"
+        ) as client,
+    ):
         await client.get("/")
         defer(log.note, "no request")
     assert [task.args for task in deferred] == [("here",), ("there",), ("no request",)]
@@ -179,7 +182,9 @@ def test_inline_with_test_client(open_client: OpenClient) -> None:
         log.append(f"slow {current_tasks().outcome.status}")  # type: ignore[union-attr]
         defer(log.note_sync, "nested")
 
-    app = make_app(lambda tasks: tasks.add_task(slow), lambda tasks: tasks.add_task(log.note_sync, "sync"), runner=runner)
+    app = make_app(
+        lambda tasks: tasks.add_task(slow), lambda tasks: tasks.add_task(log.note_sync, "sync"), runner=runner
+    )
     with inline(), open_client(app) as client:
         for _ in range(2):
             client.get("/")
