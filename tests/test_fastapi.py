@@ -126,12 +126,10 @@ def test_invisible_in_openapi() -> None:
         def create(item: int, body: dict[str, int]) -> None: ...
 
         functions: list[Any] = [dependency, create]
-        for annotation in annotations:
-            parameter = inspect.Parameter("tasks", inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-            for function in functions:
-                signature = inspect.signature(function, eval_str=True)
-                parameters = [*signature.parameters.values(), parameter]
-                function.__signature__ = signature.replace(parameters=parameters)
+        more = [inspect.Parameter("tasks", inspect.Parameter.KEYWORD_ONLY, annotation=each) for each in annotations]
+        for function in functions:
+            signature = inspect.signature(function, eval_str=True)
+            function.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
         app = make_app(route_class=route_class)
         app.post("/items/{item}", dependencies=[Depends(dependency)])(create)
         return app.openapi()
