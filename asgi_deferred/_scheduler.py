@@ -42,6 +42,11 @@ from anyio.lowlevel import checkpoint, current_token
 
 from ._tasks import DeferredTask, DeferredTasks, TaskState
 
+try:
+    import sniffio
+except ImportError:  # then anyio asks asyncio, which does know
+    sniffio = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from ._runner import Runner
 
@@ -276,6 +281,8 @@ class Session:
         self._settled = Event()
         self.thread = get_ident()
         self._context = copy_context()
+        if sniffio is not None:  # it knows of no event loop in a callback, from which `dispatch` may be called
+            self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
         self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
