@@ -201,7 +201,7 @@ async def test_quart(log: pytest.LogCaptureFixture) -> None:
         config = hypercorn.config.Config()
         config.bind = [f"fd://{os.dup(listener.fileno())}"]
         stop = asyncio.Event()
-        serve = hypercorn.asyncio.serve(quart_app.app, config, shutdown_trigger=stop.wait)  # type: ignore[arg-type]
+        serve = hypercorn.asyncio.serve(quart_app.app, config, shutdown_trigger=stop.wait)
         running = asyncio.create_task(serve)
         answer = await post(f"127.0.0.1:{listener.getsockname()[1]}", "/orders/7")
         assert (answer.status_code, answer.json()) == (201, {"order": "7"})
