@@ -84,7 +84,8 @@ def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[A
             value = yield trap
             step = coro.send
         except GeneratorExit as exc:  # the event loop is gone
-            context.run(suppress(BaseException)(coro.throw), exc)
+            with suppress(BaseException):
+                context.run(coro.throw, exc)
             raise
         except BaseException as exc:
             step, value = coro.throw, exc
