@@ -20,16 +20,18 @@ def finish_deferred() -> Iterator[None]:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
+
+from anyio import get_cancelled_exc_class
 
 from ._runner import Runner
 from ._tasks import DeferredTask, DeferredTasks, TaskState
 
 __all__ = ["inline", "record"]
 
-_accept, _end, _finish = Runner._accept, Runner._end, Runner._finish
+_accept, _finish = Runner._accept, Runner._finish
 
 
 @contextmanager
@@ -64,6 +66,8 @@ def record() -> Iterator[list[DeferredTask]]:
 def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """Let every request finish its tasks before its ASGI call returns, and so before the client sees the response.
 
+    Of nested blocks the innermost decides about `raise_errors`.
+
     Args:
         raise_errors: Raise the error of the request's first task that FAILED or TIMED_OUT out of the call,
             once all have ended. Test clients raise it in the test. If the application itself raised, its error wins.
@@ -85,14 +89,12 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
         return finished
 
     async def end(runner: Runner, tasks: DeferredTasks) -> None:
-        await _end(runner, tasks)
+        if tasks._session is not None:
+            tasks._session.unregister(tasks)
+        await runner._run_here(tasks, isinstance(tasks._error, get_cancelled_exc_class()))
         error = errors.pop(tasks, None)
-        if error is not None and tasks._error is None and not tasks._handing_over:
+        if error is not None and raise_errors and tasks._error is None and not tasks._handing_over:
             raise error
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(Runner, "_session", lambda _: None))
-        if raise_errors:
-            stack.enter_context(patch.object(Runner, "_finish", finish))
-            stack.enter_context(patch.object(Runner, "_end", end))
+    with patch.multiple(Runner, _finish=finish, _end=end):
         yield
