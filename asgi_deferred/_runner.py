@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
-from anyio.lowlevel import RunVar
+from anyio.lowlevel import RunVar, checkpoint
 
 from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, RunnerClosed
@@ -396,8 +397,10 @@ class Runner:
         except BaseException as exc:
             if torn_down():
                 self._finish(task, TaskState.ABANDONED, exc)
-                raise
-            if isinstance(exc, _TimeUp):
+                if isinstance(exc, GeneratorExit) or isinstance(exc, get_cancelled_exc_class()):
+                    raise
+                await checkpoint()  # the cancellation that the task's own error hid
+            elif isinstance(exc, _TimeUp):
                 self._finish(task, TaskState.TIMED_OUT, exc)
             elif isinstance(exc, get_cancelled_exc_class()):
                 self._finish(task, TaskState.CANCELLED, exc)
@@ -408,6 +411,8 @@ class Runner:
 
     def _run_sync(self, task: DeferredTask) -> Awaitable[Any] | None:
         """Run a sync task, in its context and a thread; return what is to be awaited before it has ended."""
+        if sniffio := sys.modules.get("sniffio"):  # as anyio's own threads do: there is no event loop here
+            sniffio.current_async_library_cvar.set(None)
         if not self._begin(task):
             return None
         try:

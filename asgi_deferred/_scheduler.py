@@ -168,6 +168,15 @@ class Scheduler:
             else:
                 self.waiting.append(strand)
 
+    def put_back(self, strand: Strand) -> None:
+        """Undo a claim whose task was not begun."""
+        task = strand.current
+        assert task is not None
+        if not task._async:
+            self.threads += 1
+        strand.queue.appendleft(task)
+        self.release(strand)
+
     def thread_done(self, hop: Hop) -> None:
         self.threads += 1
         hop.done.set()
@@ -241,7 +250,10 @@ class Worker:
                 finally:
                     scheduler.release(strand)
                 if host is not None and host.cancelling():
-                    break  # the user's code cancelled this very task: the next must not pay for it
+                    # The user's code cancelled this very task. The next one must not pay for it, nor the group.
+                    with suppress(get_cancelled_exc_class()):
+                        await checkpoint()
+                    break
                 if scheduler.waiting:
                     await checkpoint()
                 session.idle.append(self)
@@ -258,8 +270,10 @@ class Worker:
             session.cancelled = True
             raise
         finally:
+            if self in session.idle:
+                session.idle.remove(self)
             if self.strand is not None:
-                scheduler.release(self.strand)
+                scheduler.put_back(self.strand)
             scheduler.pump()
 
 
