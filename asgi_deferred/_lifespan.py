@@ -52,7 +52,7 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
 
     over = False
 
-    def forgive(kind: object, exc: BaseException | None, traceback: object) -> bool:
+    def forgive(_kind: object, exc: BaseException | None, _traceback: object) -> bool:
         return over and isinstance(exc, get_cancelled_exc_class()) and not torn_down()
 
     async with AsyncExitStack() as stack:

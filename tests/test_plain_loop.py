@@ -14,7 +14,7 @@ def test_a_task_is_started_from_a_callback_of_the_loop() -> None:
     async def main() -> None:
         async with Runner(drain_timeout=1) as runner:
             tasks = current_tasks()
-            asyncio.get_running_loop().call_soon(tasks.add_task, ran.append, "late")
+            asyncio.get_running_loop().call_soon(lambda: tasks.add_task(ran.append, "late"))
             await asyncio.sleep(0)
             await asyncio.wait_for(runner.wait_idle(), 10)
 
