@@ -121,8 +121,8 @@ class Runner:
         self.when: When = when
         self.timeout = timeout
         self.drain_timeout = drain_timeout
-        self.observers = tuple(observers)
-        self.around = tuple(around)
+        self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
+        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0
@@ -210,9 +210,9 @@ class Runner:
             return
         if session is not None:  # of another thread's event loop
             session.unregister(tasks)
-        await self._run_here(tasks, cancelled)
+        await self._run_here(tasks, cancelled=cancelled)
 
-    async def _run_here(self, tasks: DeferredTasks, cancelled: bool) -> None:
+    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
         session = Session(self._scheduler(), shield=True)
         session.draining.set()
         async with create_task_group() as group:
@@ -256,7 +256,7 @@ class Runner:
             with self._lock:
                 if self._unfinished <= limit:
                     return
-                self._waiters.setdefault(limit, []).append(lambda event=event: soon(event.set))
+                self._waiters.setdefault(limit, []).append(partial(soon, event.set))
             await event.wait()
 
     def _accept(self, tasks: DeferredTasks, task: DeferredTask) -> None:
@@ -385,13 +385,12 @@ class Runner:
     async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
             with self._entered(task) if self.around and awaitable is None else _NOTHING:
-                if awaitable is None:
-                    awaitable = task.func(*task.args, **task.kwargs)
+                call: Any = task.func(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
-                    await awaitable
+                    await call
                 else:
                     with move_on_after(timeout) as scope:
-                        await awaitable
+                        await call
                     if scope.cancelled_caught:
                         raise _TimeUp(f"timeout={task.timeout} s is over")
         except BaseException as exc:

@@ -387,7 +387,7 @@ class Session:
 
     async def run_unit(self, strand: Strand) -> None:
         task = strand.current
-        assert task is not None
+        assert task is not None  # noqa: S101
         if task._async:
             await in_context(task._context, self.runner._run_async(task))
             return
