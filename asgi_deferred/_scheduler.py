@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -42,15 +43,12 @@ from anyio.lowlevel import checkpoint, current_token
 
 from ._tasks import DeferredTask, DeferredTasks, TaskState
 
-try:
-    import sniffio
-except ImportError:  # then anyio asks asyncio, which does know
-    sniffio = None  # type: ignore[assignment]
-
 if TYPE_CHECKING:
     from ._runner import Runner
 
 logger = getLogger("asgi_deferred")
+
+sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
 
 MAX_IDLE_WORKERS = 16
 
@@ -296,7 +294,7 @@ class Session:
         self._settled = Event()
         self.thread = get_ident()
         self._context = copy_context()
-        if sniffio is not None:  # it knows of no event loop in a callback, from which `dispatch` may be called
+        if sniffio is not None:  # it sees no event loop from a callback, which `dispatch` may be called from
             self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
