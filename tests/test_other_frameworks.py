@@ -9,10 +9,12 @@ import httpx
 import litestar
 import pytest
 import quart
+from litestar.exceptions import NotFoundException
 
 from asgi_deferred import DeferredMiddleware, Runner, current_tasks, defer, tasks_from
 
 from .clients import async_client
+from .conftest import BACKENDS
 from .support import Log, assert_conserved
 
 pytestmark = pytest.mark.anyio
@@ -61,76 +63,83 @@ async def converse(app: Any, path: str) -> list[str]:
     return received
 
 
-@pytest.mark.parametrize("anyio_backend", [("asyncio", {}), ("asyncio", {"use_uvloop": True})], indirect=False)
-class TestQuart:
-    """Quart itself runs on asyncio alone."""
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]]
+)  # all that Quart runs on
 
-    def make_app(self, log: Log, runner: Runner) -> quart.Quart:
-        app = quart.Quart(__name__)
-        app.asgi_app = DeferredMiddleware(app.asgi_app, runner)  # type: ignore[method-assign, assignment]
 
-        @app.get("/async")
-        async def async_endpoint() -> str:
-            tasks_from(quart.request).add_task(log.note, "tasks_from")
-            defer(note_status, log)
-            return "hello"
+def make_quart(log: Log, runner: Runner) -> Any:
+    app = quart.Quart(__name__)
+    app.asgi_app = DeferredMiddleware(app.asgi_app, runner)  # type: ignore[method-assign]
 
-        @app.get("/sync")
-        def sync_endpoint() -> str:
-            tasks_from(quart.request).add_task(log.note_sync, "tasks_from")
-            defer(note_status, log)
-            return "hello"
+    @app.get("/async")
+    async def async_endpoint() -> str:
+        tasks_from(quart.request).add_task(log.note, "tasks_from")
+        defer(note_status, log)
+        return "hello"
 
-        @app.get("/error")
-        async def error() -> str:
-            defer(log.note, "skipped")
-            current_tasks().options(when="failure").add_task(note_status, log)
-            quart.abort(404)
+    @app.get("/sync")
+    def sync_endpoint() -> str:
+        tasks_from(quart.request).add_task(log.note_sync, "tasks_from")
+        defer(note_status, log)
+        return "hello"
 
-        @app.websocket("/ws")
-        async def websocket() -> None:
-            tasks_from(quart.websocket).add_task(log.note, "tasks_from")
-            defer(note_status, log)
-            await quart.websocket.send("hello")
-            await quart.websocket.receive()
+    @app.get("/error")
+    async def error() -> str:
+        defer(log.note, "skipped")
+        current_tasks().options(when="failure").add_task(note_status, log)
+        quart.abort(404)
 
-        return app
+    @app.websocket("/ws")
+    async def websocket() -> None:
+        tasks_from(quart.websocket).add_task(log.note, "tasks_from")
+        defer(note_status, log)
+        await quart.websocket.send("hello")
+        await quart.websocket.receive()
 
-    async def test_http(self) -> None:
-        """G1, G5: sync and async views defer through the request and through its context; `when` sees the status."""
-        log, runner = Log(), Runner()
-        async with async_client(self.make_app(log, runner)) as client:
-            for path in "/async", "/sync", "/error":
-                response = await client.get(path)
-                await runner.wait_idle()
-                log.append(f"{path} {response.status_code}")
-        assert log == [
-            "tasks_from",
-            "http 200",
-            "/async 200",
-            "tasks_from",
-            "http 200",
-            "/sync 200",
-            "http 404",
-            "/error 404",
-        ]
-        assert_conserved(runner)
+    return app
 
-    async def test_without_lifespan(self) -> None:
-        """G9: without a lifespan the call itself runs the tasks."""
-        log = Log()
-        transport = httpx.ASGITransport(self.make_app(log, Runner()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            await client.get("/async")
-        assert log == ["tasks_from", "http 200"]
 
-    async def test_websocket(self) -> None:
-        """G1: tasks of a websocket run after it has ended."""
-        log, runner = Log(), Runner()
-        app = self.make_app(log, runner)
-        assert await converse(app, "/ws") == ["websocket.accept", "websocket.send"]
-        assert log == ["tasks_from", "websocket None"]
-        assert_conserved(runner)
+@on_asyncio
+async def test_quart_http() -> None:
+    """G1, G5: sync and async views defer through the request and through its context; `when` sees the status."""
+    log, runner = Log(), Runner()
+    async with async_client(make_quart(log, runner)) as client:
+        for path in "/async", "/sync", "/error":
+            response = await client.get(path)
+            await runner.wait_idle()
+            log.append(f"{path} {response.status_code}")
+    assert log == [
+        "tasks_from",
+        "http 200",
+        "/async 200",
+        "tasks_from",
+        "http 200",
+        "/sync 200",
+        "http 404",
+        "/error 404",
+    ]
+    assert_conserved(runner)
+
+
+@on_asyncio
+async def test_quart_without_lifespan() -> None:
+    """G9: without a lifespan the call itself runs the tasks."""
+    log = Log()
+    transport = httpx.ASGITransport(make_quart(log, Runner()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.get("/async")
+    assert log == ["tasks_from", "http 200"]
+
+
+@on_asyncio
+async def test_quart_websocket() -> None:
+    """G1: tasks of a websocket run after it has ended."""
+    log, runner = Log(), Runner()
+    app = make_quart(log, runner)
+    assert await converse(app, "/ws") == ["websocket.accept", "websocket.send"]
+    assert log == ["tasks_from", "websocket None"]
+    assert_conserved(runner)
 
 
 def make_litestar(log: Log, runner: Runner) -> Any:
@@ -150,7 +159,7 @@ def make_litestar(log: Log, runner: Runner) -> Any:
     async def error() -> str:
         defer(log.note, "skipped")
         current_tasks().options(when="failure").add_task(note_status, log)
-        raise litestar.exceptions.NotFoundException
+        raise NotFoundException
 
     @litestar.websocket("/ws")
     async def websocket(socket: litestar.WebSocket[Any, Any, Any]) -> None:

