@@ -24,4 +24,4 @@ async def create(request: Request[Any, Any, Any]) -> dict[str, str]:
     return {"order": order}
 
 
-app = DeferredMiddleware(Litestar([create]))
+app = DeferredMiddleware(Litestar([create], logging_config=None))
