@@ -25,7 +25,7 @@ from logging import getLogger
 from math import inf
 from threading import get_ident
 from types import coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anyio import (
     TASK_STATUS_IGNORED,
@@ -168,8 +168,7 @@ class Scheduler:
 
     def put_back(self, strand: Strand) -> None:
         """Undo a claim whose task was not begun."""
-        task = strand.current
-        assert task is not None
+        task = cast("DeferredTask", strand.current)
         if not task._async:
             self.threads += 1
         strand.queue.appendleft(task)
@@ -385,7 +384,7 @@ class Session:
 
     async def run_unit(self, strand: Strand) -> None:
         task = strand.current
-        assert task is not None  # noqa: S101
+        assert task is not None
         if task._async:
             await in_context(task._context, self.runner._run_async(task))
             return
