@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from ._runner import Runner
 
 logger = getLogger("asgi_deferred")
+
+sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
 
 MAX_IDLE_WORKERS = 16
 
@@ -290,6 +293,8 @@ class Session:
         self._settled = Event()
         self.thread = get_ident()
         self._context = copy_context()
+        if sniffio is not None:  # it sees no event loop from a callback, which `dispatch` may be called from
+            self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
         self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
