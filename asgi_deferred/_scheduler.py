@@ -303,14 +303,17 @@ class Session:
         try:
             with self.scope:
                 async with create_task_group() as self.group:
-                    task_status.started()
-                    if tasks is not None:
-                        self.hand_over(tasks)
-                    await self.draining.wait()
-                    while not self._close_if_idle():
-                        await self._settled.wait()
-                        self._settled = Event()
-                    self.group.cancel_scope.cancel()
+                    try:
+                        task_status.started()
+                        if tasks is not None:
+                            self.hand_over(tasks)
+                        await self.draining.wait()
+                        while not self._close_if_idle():
+                            await self._settled.wait()
+                            self._settled = Event()
+                    finally:
+                        self.cancelled = True  # no strand starts in a group that is about to close
+                        self.group.cancel_scope.cancel()
         finally:
             self._sweep()
             self.ended.set()
