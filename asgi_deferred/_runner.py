@@ -20,7 +20,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
+from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar, checkpoint
 
 from ._completion import Outcome, When, lets_through
@@ -213,17 +213,30 @@ class Runner:
         await self._run_here(tasks, cancelled=cancelled)
 
     async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
-        session = Session(self._scheduler(), shield=True)
+        scheduler = self._scheduler()
+        session = Session(scheduler, shield=True)
         session.draining.set()
-        async with create_task_group() as group:
-            group.start_soon(session.keep, tasks)
-            try:
-                if cancelled:
-                    session.scope.deadline = current_time() + self.drain_timeout
-                await session.ended.wait()
-            except BaseException:
-                session.scope.deadline = current_time() + self.drain_timeout
-                raise
+
+        def limit() -> None:
+            session.scope.deadline = current_time() + self.drain_timeout
+            scheduler.cancelled_calls.add(session)
+
+        try:
+            async with create_task_group() as group:
+                group.start_soon(session.keep, tasks)
+                try:
+                    if cancelled:
+                        limit()
+                    await session.ended.wait()
+                except BaseException:
+                    limit()
+                    raise
+        finally:
+            if session in scheduler.cancelled_calls:
+                scheduler.cancelled_calls.remove(session)
+                with CancelScope(shield=True):  # daphne exits as soon as the first of the calls it cancelled has ended
+                    for other in tuple(scheduler.cancelled_calls):
+                        await other.ended.wait()
 
     # The account
 

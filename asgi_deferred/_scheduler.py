@@ -123,6 +123,7 @@ class Scheduler:
         self.soon = soon_here()
         self.slots = runner.max_concurrency
         self.threads = runner.max_threads
+        self.cancelled_calls: set[Session] = set()
         self.waiting: deque[Strand] = deque()
         self.parked: deque[Strand] = deque()  # came before those waiting; a thread is all they lack
 

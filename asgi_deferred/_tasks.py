@@ -169,7 +169,6 @@ class DeferredTasks:
         "_complete",
         "_ended",
         "_error",
-        "_handing_over",
         "_keys",
         "_outcome",
         "_request",
@@ -189,7 +188,6 @@ class DeferredTasks:
         self._start: Any = None
         self._complete = False
         self._error: BaseException | None = None
-        self._handing_over = False
         self._outcome: Outcome | None = None
         self._request = ""
         self._keys: dict[Hashable, DeferredTask] | None = None
