@@ -24,8 +24,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from ._engines import recognise
 from ._runner import Runner
-from ._tasks import DeferredTask, DeferredTasks, TaskState
+from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
 
 __all__ = ["inline", "record"]
 
@@ -64,6 +65,8 @@ def record() -> Iterator[list[DeferredTask]]:
 def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """Let every request finish its tasks before its ASGI call returns, and so before the client sees the response.
 
+    Tasks of engines run here as well, after the response and without a broker: the function below each is called.
+
     Args:
         raise_errors: Raise the error of the request's first task that FAILED or TIMED_OUT out of the call,
             once all have ended. Test clients raise it in the test. If the application itself raised, its error wins.
@@ -77,6 +80,15 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
         ```
     """
     errors: dict[DeferredTasks, BaseException | None] = {}
+
+    def accept(runner: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
+        _accept(runner, tasks, task)
+        engine = recognise(task.func)
+        if engine is not None:
+            tasks._durable = False
+            task._call = engine.local(task.func)
+            task._async = is_async(task._call)
+            task.timeout = None
 
     def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
         finished = _finish(runner, task, state, *args, **kwargs)
@@ -92,6 +104,7 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Runner, "_session", lambda _: None))
+        stack.enter_context(patch.object(Runner, "_accept", accept))
         if raise_errors:
             stack.enter_context(patch.object(Runner, "_finish", finish))
             stack.enter_context(patch.object(Runner, "_end", end))
