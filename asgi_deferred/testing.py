@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -82,13 +83,13 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
     errors: dict[DeferredTasks, BaseException | None] = {}
 
     def accept(runner: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
-        _accept(runner, tasks, task)
         engine = recognise(task.func)
         if engine is not None:
-            tasks._durable = False
-            task._call = engine.local(task.func)
+            task._call = partial(engine.local(task.func))
             task._async = is_async(task._call)
             task.timeout = None
+        _accept(runner, tasks, task)
+        tasks._durable = False
 
     def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
         finished = _finish(runner, task, state, *args, **kwargs)
