@@ -81,7 +81,8 @@ def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[A
             value = yield trap
             step = coro.send
         except GeneratorExit as exc:  # the event loop is gone
-            context.run(suppress(BaseException)(coro.throw), exc)
+            with suppress(BaseException):
+                context.run(coro.throw, exc)
             raise
         except BaseException as exc:
             step, value = coro.throw, exc
@@ -98,12 +99,13 @@ def torn_down() -> bool:
 class Strand:
     """Tasks that run one at a time, in order (rule 1)."""
 
-    __slots__ = ("active", "current", "queue", "session")
+    __slots__ = ("active", "current", "freed", "queue", "session")
 
     def __init__(self, session: Session, tasks: list[DeferredTask]) -> None:
         self.session = session
         self.queue = deque(tasks)
         self.current: DeferredTask | None = None
+        self.freed: Event | None = None
         self.active = True
 
     def head(self) -> DeferredTask | None:
@@ -158,6 +160,8 @@ class Scheduler:
     def release(self, strand: Strand) -> None:
         """Take a slot back, and queue what else the strand has."""
         self.slots += 1
+        if strand.freed is not None:
+            strand.freed.set()
         with self.runner._lock:
             strand.current = None
             if strand.head() is None or strand.session.cancelled:
@@ -393,8 +397,10 @@ class Session:
         for strand in strands:
             tasks = [task for task in strand.queue if task._call is not task.func]
             if tasks:
+                taken.append(rest := Strand(self, tasks))
                 strand.queue = deque(task for task in strand.queue if task._call is task.func)
-                taken.append(Strand(self, tasks))
+                if strand.current is not None and strand.current._call is not strand.current.func:
+                    strand.freed = rest.freed = Event()
         self.strands.update(taken)
         return taken
 
@@ -403,6 +409,8 @@ class Session:
             self._context.run(self.group.start_soon, self._enqueue_strand, strand)
 
     async def _enqueue_strand(self, strand: Strand) -> None:
+        if strand.freed is not None:
+            await strand.freed.wait()  # the one before it, which is being enqueued
         while True:
             with self.runner._lock:
                 strand.current = strand.head()

@@ -20,10 +20,12 @@ def finish_deferred() -> Iterator[None]:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
+
+from anyio import get_cancelled_exc_class
 
 from ._engines import recognise
 from ._runner import Runner
@@ -31,7 +33,7 @@ from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
 
 __all__ = ["inline", "record"]
 
-_accept, _end, _finish = Runner._accept, Runner._end, Runner._finish
+_accept, _finish = Runner._accept, Runner._finish
 
 
 @contextmanager
@@ -67,6 +69,7 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """Let every request finish its tasks before its ASGI call returns, and so before the client sees the response.
 
     Tasks of engines run here as well, after the response and without a broker: the function below each is called.
+    Of nested blocks the innermost decides about `raise_errors`.
 
     Args:
         raise_errors: Raise the error of the request's first task that FAILED or TIMED_OUT out of the call,
@@ -82,13 +85,15 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """
     errors: dict[DeferredTasks, BaseException | None] = {}
 
+    outer = Runner._accept
+
     def accept(runner: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
         engine = recognise(task.func)
         if engine is not None:
             task._call = partial(engine.local(task.func))
             task._async = is_async(task._call)
             task.timeout = None
-        _accept(runner, tasks, task)
+        outer(runner, tasks, task)
         tasks._durable = False
 
     def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
@@ -98,15 +103,12 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
         return finished
 
     async def end(runner: Runner, tasks: DeferredTasks) -> None:
-        await _end(runner, tasks)
+        if tasks._session is not None:
+            tasks._session.unregister(tasks)
+        await runner._run_here(tasks, isinstance(tasks._error, get_cancelled_exc_class()))
         error = errors.pop(tasks, None)
-        if error is not None and tasks._error is None and not tasks._handing_over:
+        if error is not None and raise_errors and tasks._error is None and not tasks._handing_over:
             raise error
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(Runner, "_session", lambda _: None))
-        stack.enter_context(patch.object(Runner, "_accept", accept))
-        if raise_errors:
-            stack.enter_context(patch.object(Runner, "_finish", finish))
-            stack.enter_context(patch.object(Runner, "_end", end))
+    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end):
         yield
