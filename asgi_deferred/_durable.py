@@ -34,9 +34,13 @@ class Barrier:
 
     __slots__ = ("_again", "_refused", "_send", "_tasks")
 
-    def __init__(self, tasks: DeferredTasks, send: Any, again: Any) -> None:
-        self._tasks = tasks
+    @classmethod
+    def on(cls, send: Any, tasks: DeferredTasks, again: Any) -> Barrier:
+        return send if isinstance(send, cls) else cls(send, tasks, again)
+
+    def __init__(self, send: Any, tasks: DeferredTasks, again: Any) -> None:
         self._send = send
+        self._tasks = tasks
         self._again = again
         self._refused: EnqueueFailed | None = None
 
@@ -57,6 +61,7 @@ class Barrier:
             await tasks._runner._enqueue_durable(tasks, Outcome("http", start["status"], complete=True))
         except EnqueueFailed as exc:
             self._refused = tasks._error = exc
+            tasks._durable = True  # what follows comes here too, and is never taken for the end of a response
             if starts:
                 tasks._start = UNAVAILABLE
                 await self._send(UNAVAILABLE)

@@ -35,7 +35,8 @@ class DeferredMiddleware:
     message of the response was handed to the server and the application's call has ended: in the background,
     until the server's lifespan ends; without a lifespan, before the middleware's own call returns.
 
-    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and passes through.
+    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and
+    passes through.
 
     Args:
         app: The application.
@@ -51,7 +52,7 @@ class DeferredMiddleware:
         if not isinstance(runner, (Runner, NoneType)):
             raise TypeError(f"runner={runner!r} is not a Runner: DeferredMiddleware(app, runner=Runner(...))")
         self.app = app
-        self.runner = runner or Runner()
+        self.runner: Runner = runner or Runner()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
@@ -63,17 +64,17 @@ class DeferredMiddleware:
             return
         tasks = DeferredTasks(self.runner, kind)
 
-        def note_and_send(message: Any) -> Awaitable[None]:
+        def note_and_send(message: Any) -> Any:
             nonlocal send
             if "status" in message:
                 if tasks._durable:
-                    send = Barrier(tasks, send, note_and_send)
+                    send = Barrier.on(send, tasks, note_and_send)
                     return send.hold(message)
                 if not tasks._complete:
                     tasks._start = message
             elif is_final(tasks._start, message):
                 if tasks._durable:
-                    send = Barrier(tasks, send, note_and_send)
+                    send = Barrier.on(send, tasks, note_and_send)
                     return send.hold(message)
                 tasks._complete = True
                 if tasks._tasks:

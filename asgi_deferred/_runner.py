@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
-from anyio.lowlevel import RunVar
+from anyio.lowlevel import RunVar, checkpoint
 
 from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, RunnerClosed
@@ -125,8 +126,8 @@ class Runner:
         self.timeout = timeout
         self.enqueue_timeout = enqueue_timeout
         self.drain_timeout = drain_timeout
-        self.observers = tuple(observers)
-        self.around = tuple(around)
+        self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
+        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0
@@ -214,9 +215,9 @@ class Runner:
             return
         if session is not None:  # of another thread's event loop
             session.unregister(tasks)
-        await self._run_here(tasks, cancelled)
+        await self._run_here(tasks, cancelled=cancelled)
 
-    async def _run_here(self, tasks: DeferredTasks, cancelled: bool) -> None:
+    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
         session = Session(self._scheduler(), shield=True)
         session.draining.set()
         async with create_task_group() as group:
@@ -260,7 +261,7 @@ class Runner:
             with self._lock:
                 if self._unfinished <= limit:
                     return
-                self._waiters.setdefault(limit, []).append(lambda event=event: soon(event.set))
+                self._waiters.setdefault(limit, []).append(partial(soon, event.set))
             await event.wait()
 
     def _accept(self, tasks: DeferredTasks, task: DeferredTask) -> None:
@@ -419,20 +420,21 @@ class Runner:
     async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
             with self._entered(task) if self.around and awaitable is None else _NOTHING:
-                if awaitable is None:
-                    awaitable = task._call(*task.args, **task.kwargs)
+                call: Any = task._call(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
-                    await awaitable
+                    await call
                 else:
                     with move_on_after(timeout) as scope:
-                        await awaitable
+                        await call
                     if scope.cancelled_caught:
                         raise _TimeUp(f"timeout={task.timeout} s is over")
         except BaseException as exc:
             if torn_down():
                 self._finish(task, TaskState.ABANDONED, exc)
-                raise
-            if isinstance(exc, _TimeUp):
+                if isinstance(exc, GeneratorExit) or isinstance(exc, get_cancelled_exc_class()):
+                    raise
+                await checkpoint()  # the cancellation that the task's own error hid
+            elif isinstance(exc, _TimeUp):
                 self._finish(task, TaskState.TIMED_OUT, exc)
             elif isinstance(exc, get_cancelled_exc_class()):
                 self._finish(task, TaskState.CANCELLED, exc)
@@ -443,6 +445,8 @@ class Runner:
 
     def _run_sync(self, task: DeferredTask) -> Awaitable[Any] | None:
         """Run a sync task, in its context and a thread; return what is to be awaited before it has ended."""
+        if sniffio := sys.modules.get("sniffio"):  # as anyio's own threads do: there is no event loop here
+            sniffio.current_async_library_cvar.set(None)
         if not self._begin(task):
             return None
         try:

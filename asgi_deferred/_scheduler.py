@@ -185,6 +185,8 @@ class Scheduler:
 
         def job() -> None:
             returned.append(task._context.run(runner._run_sync, task))
+            if task.state is not TaskState.RUNNING and (close := getattr(returned[0], "close", None)):
+                close()  # its time was up; nobody will await it
 
         def free() -> None:
             self.enqueueing.release()
@@ -203,6 +205,15 @@ class Scheduler:
         elif returned[0] is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
             await in_context(task._context, runner._run_awaitable(task, returned[0], left))
+
+    def put_back(self, strand: Strand) -> None:
+        """Undo a claim whose task was not begun."""
+        task = strand.current
+        assert task is not None
+        if not task._async:
+            self.threads += 1
+        strand.queue.appendleft(task)
+        self.release(strand)
 
     def thread_done(self, hop: Hop) -> None:
         self.threads += 1
@@ -277,7 +288,10 @@ class Worker:
                 finally:
                     scheduler.release(strand)
                 if host is not None and host.cancelling():
-                    break  # the user's code cancelled this very task: the next must not pay for it
+                    # The user's code cancelled this very task. The next one must not pay for it, nor the group.
+                    with suppress(get_cancelled_exc_class()):
+                        await checkpoint()
+                    break
                 if scheduler.waiting:
                     await checkpoint()
                 session.idle.append(self)
@@ -294,8 +308,10 @@ class Worker:
             session.cancelled = True
             raise
         finally:
+            if self in session.idle:
+                session.idle.remove(self)
             if self.strand is not None:
-                scheduler.release(self.strand)
+                scheduler.put_back(self.strand)
             scheduler.pump()
 
 
@@ -443,7 +459,7 @@ class Session:
 
     async def run_unit(self, strand: Strand) -> None:
         task = strand.current
-        assert task is not None
+        assert task is not None  # noqa: S101
         if task._async:
             await in_context(task._context, self.runner._run_async(task))
             return

@@ -9,17 +9,15 @@ response starts. For other engines there are two ways: a class of one's own with
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from ._engines import Engine, registered
 
 __all__ = ["register"]
 
-T = TypeVar("T")
-
 
 def register(
-    cls: type[T], enqueue: Callable[..., Any], *, local: Callable[[T], Callable[..., Any]] | None = None
+    cls: type, enqueue: Callable[..., Any], *, local: Callable[[Any], Callable[..., Any]] | None = None
 ) -> None:
     """Tell `add_task` that the instances of a class are tasks of an engine, in this whole process.
 

@@ -105,7 +105,7 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
     async def end(runner: Runner, tasks: DeferredTasks) -> None:
         if tasks._session is not None:
             tasks._session.unregister(tasks)
-        await runner._run_here(tasks, isinstance(tasks._error, get_cancelled_exc_class()))
+        await runner._run_here(tasks, cancelled=isinstance(tasks._error, get_cancelled_exc_class()))
         error = errors.pop(tasks, None)
         if error is not None and raise_errors and tasks._error is None and not tasks._handing_over:
             raise error

@@ -10,7 +10,7 @@ import anyio
 
 from asgi_deferred import DeferredTask, DeferredTasks, Runner, TaskEvent, TaskState, tasks_from
 
-OK = [
+OK: list[dict[str, Any]] = [
     {"type": "http.response.start", "status": 200, "headers": []},
     {"type": "http.response.body", "body": b"hello"},
 ]

@@ -82,9 +82,11 @@ def test_callable_when() -> None:
         lets_through(lambda _: 1 / 0 > 0, outcome)
 
 
-@given(st.builds(Outcome, st.just("http"), st.none() | st.integers(100, 599), st.booleans(), st.none() | st.just(ERROR)))
+@given(
+    st.builds(Outcome, st.just("http"), st.none() | st.integers(100, 599), st.booleans(), st.none() | st.just(ERROR))
+)
 def test_when_is_a_partition(outcome: Outcome) -> None:
-    """"success" and "failure" exclude each other and leave nothing out, and success implies completeness."""
+    """Of "success" and "failure" each request lets through one, and success implies completeness."""
     let_through = {when for when in WHEN if lets_through(when, outcome)}  # type: ignore[arg-type]
     assert "always" in let_through
     assert len(let_through & {"success", "failure"}) == 1

@@ -54,7 +54,7 @@ async def test_runs_after_the_response_and_the_call() -> None:
         await anyio.lowlevel.checkpoint()
         log.append("teardown")
 
-    app = DeferredMiddleware(app, runner := Runner(observers=[log]))  # type: ignore[assignment]
+    app = DeferredMiddleware(app, runner := Runner(observers=[log]))
     async with runner:
         await request(app, log)
         await anyio.wait_all_tasks_blocked()
@@ -198,7 +198,8 @@ async def test_context_of_the_adding_line() -> None:
 
 async def test_a_foreign_thread_adds() -> None:
     """G11: `add_task` from a thread that knows nothing of the event loop is accepted and run, before and after the end."""
-    log, lists = Log(), []
+    log = Log()
+    lists: list[DeferredTasks] = []
 
     def add(entry: str) -> None:
         thread = threading.Thread(target=lists[0].add_task, args=(log.note, entry))
@@ -323,7 +324,11 @@ async def test_nested_middleware_passes_through() -> None:
         await request(outer, log)
         await outer.runner.wait_idle()
         await request(inner, log, scopes[-1])
-    assert log == ["http.response.start", "http.response.body", "returned", "task"] + [
+    assert log == [
+        "http.response.start",
+        "http.response.body",
+        "returned",
+        "task",
         "http.response.start",
         "http.response.body",
         "task",
@@ -427,7 +432,7 @@ async def test_outcomes_of_http() -> None:
 async def test_outcomes_of_websockets() -> None:
     """A websocket is complete after its close, its denial, the client's disconnect or the app's return."""
     scope = {"type": "websocket", "path": "/ws"}
-    denial = [
+    denial: list[dict[str, Any]] = [
         {"type": "websocket.http.response.start", "status": 403},
         {"type": "websocket.http.response.body", "body": b""},
     ]
