@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
-from anyio.lowlevel import RunVar, checkpoint
+from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
 
 from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, RunnerClosed
@@ -322,6 +322,7 @@ class Runner:
                     continue
                 async with create_task_group() as group:
                     group.start_soon(scheduler.enqueue_shielded, task)
+                await checkpoint_if_cancelled()  # trio's nursery leaves that to the next checkpoint
             if task.error is not None:
                 raise EnqueueFailed(
                     f"{task.name!a} was not enqueued ({task.state.name}), so the response was not sent: its engine "
