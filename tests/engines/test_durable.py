@@ -383,7 +383,7 @@ async def test_cancellation_lets_the_enqueue_end(kind: tuple[Any, Any]) -> None:
                 await anyio.to_thread.run_sync(entered.wait)
                 scope.cancel()
                 go.set()
-        assert (scope.cancelled_caught, log) == (True, [])
+        assert scope.cancelled_caught
     assert log == ["stored bad"]
     assert states(lists[0]) == ["job SUCCEEDED", "plain SKIPPED"]
     assert_conserved(runner)
