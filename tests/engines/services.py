@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -78,13 +79,13 @@ def process(*command: str, log: Path, **env: str) -> Iterator[subprocess.Popen[b
 
 
 @contextmanager
-def web(place: Path, **env: str) -> Iterator[str]:
-    """Run the live application under uvicorn; yield its address."""
+def web(place: Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run the live application under uvicorn; yield its address and the process."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.engines.live.app:app", f"--port={port}", "--log-level=warning"]
     with process(*command, log=place / "web.log", **env) as child:
         wait_until(lambda: child.poll() is not None or answers("127.0.0.1", port), "uvicorn")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", child
 
 
 @contextmanager
@@ -94,3 +95,14 @@ def redis_server(port: int, place: Path) -> Iterator[subprocess.Popen[bytes]]:
     with process(*" ".join(command).replace("''", "").split(), log=place / "redis.log") as child:
         wait_until(lambda: answers("127.0.0.1", port), "redis-server")
         yield child
+
+
+@contextmanager
+def database(name: str) -> Iterator[str]:
+    """Make a database of the test's own; yield its URL."""
+    with psycopg.connect(need(POSTGRES), dbname="postgres", autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
+        try:
+            yield f"{POSTGRES}/{name}"
+        finally:
+            connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[call-overload]

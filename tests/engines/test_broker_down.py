@@ -38,7 +38,7 @@ def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
             return int(broker.xlen(key) if engine == "taskiq" else broker.llen(key))  # type: ignore[arg-type]
 
     told: list[str] = []
-    with redis_server(port, tmp_path) as broker, web(tmp_path, **env) as address:
+    with redis_server(port, tmp_path) as broker, web(tmp_path, **env) as (address, _):
         with httpx.Client(base_url=address, timeout=30) as client:
             assert submit("durable&token=1&token=2") == (202, ["job SUCCEEDED"] * 2 + ["plain SUCCEEDED"])
             assert stored() == 2

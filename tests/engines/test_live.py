@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from subprocess import run
 
 import httpx
-import psycopg
 import pytest
 
-from .services import POSTGRES, RABBITMQ, REDIS, ROOT, need, process, wait_until, web
+from .services import POSTGRES, RABBITMQ, REDIS, ROOT, database, need, process, wait_until, web
 
 LIVE = "tests.engines.live"
 BIN = Path(sys.executable).parent
@@ -31,16 +30,6 @@ SCHEMA = {
     "procrastinate": [f"{BIN}/procrastinate", f"--app={LIVE}.on_procrastinate.app", "schema", "--apply"],
     "django": [sys.executable, "-m", "django", "migrate", "--verbosity=0"],
 }
-
-
-@contextmanager
-def database(name: str) -> Iterator[str]:
-    with psycopg.connect(need(POSTGRES), dbname="postgres", autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
-        try:
-            yield f"{POSTGRES}/{name}"
-        finally:
-            connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +59,8 @@ def test_another_process_does_the_job(engine: str, broker: str, tmp_path: Path) 
             env["DJANGO_SETTINGS_MODULE"] = f"{LIVE}.on_django"
         env["PYTHONPATH"] = str(ROOT)
         if engine in SCHEMA:
-            run(SCHEMA[engine], check=True, cwd=ROOT, env={**__import__("os").environ, **env}, timeout=60)
-        address = stack.enter_context(web(tmp_path, **env))
+            run(SCHEMA[engine], check=True, cwd=ROOT, env={**os.environ, **env}, timeout=60)
+        address, _ = stack.enter_context(web(tmp_path, **env))
         stack.enter_context(process(*WORKERS[engine], log=tmp_path / "worker.log", **env))
         client = stack.enter_context(httpx.Client(base_url=address, timeout=30))
         sent = [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,6 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from asgi_deferred import DeferredMiddleware, Runner, TaskEvent, TaskState, tasks_from
+from examples.requeue_abandoned import keep_abandoned
+from examples.requeue_abandoned import lifespan as rerun_abandoned
 
 engine = import_module(os.environ["ENGINE"])
 transcript: list[str] = []
@@ -49,6 +53,20 @@ async def submit(request: Request) -> JSONResponse:
     return JSONResponse({"web": os.getpid()}, 202)
 
 
+def plain_job(token: str) -> None:
+    (Path(os.environ["PLACE"]) / f"{token}.plain").touch()
+
+
+async def stuck(request: Request) -> JSONResponse:
+    """Defer, behind a task that never ends, a job and a plain task for each token."""
+    tasks = tasks_from(request)
+    tasks.add_task(threading.Event().wait)
+    for token in request.query_params.getlist("token"):
+        tasks.add_task(engine.job, token=token)
+        tasks.add_task(plain_job, token)
+    return JSONResponse({}, 202)
+
+
 async def look(request: Request) -> JSONResponse:
     return JSONResponse(await engine.look(request.query_params["token"]))
 
@@ -60,11 +78,15 @@ async def tell(request: Request) -> JSONResponse:
 
 
 @asynccontextmanager
-async def lifespan(_: Any) -> AsyncIterator[None]:
-    async with engine.opened():
+async def lifespan(app: Any) -> AsyncIterator[None]:
+    async with engine.opened(), rerun_abandoned(app):
         yield
 
 
-routes = [Route("/submit", submit, methods=["POST"]), Route("/look", look), Route("/tell", tell)]
-runner = Runner(observers=[note], enqueue_timeout=float(os.environ.get("ENQUEUE_TIMEOUT", "5")))
+routes = [Route("/submit", submit, methods=["POST"]), Route("/stuck", stuck, methods=["POST"]), Route("/look", look), Route("/tell", tell)]
+runner = Runner(
+    observers=[note, keep_abandoned],
+    enqueue_timeout=float(os.environ.get("ENQUEUE_TIMEOUT", "5")),
+    drain_timeout=float(os.environ.get("DRAIN_TIMEOUT", "20")),
+)
 app = DeferredMiddleware(Starlette(routes=routes, lifespan=lifespan), runner)
