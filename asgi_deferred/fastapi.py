@@ -10,7 +10,7 @@ from fastapi.requests import HTTPConnection
 from fastapi.routing import APIRoute
 
 from ._tasks import DeferredTasks, tasks_from
-from .starlette import adopt_background, move_background
+from .starlette import _adopt_background, _move_background
 
 __all__ = ["Deferred", "DeferredRoute"]
 
@@ -38,15 +38,15 @@ Example:
 async def _adopt(background_tasks: BackgroundTasks, connection: HTTPConnection) -> None:
     """Let the request's one `BackgroundTasks` object, made just now, add to the task list."""
     tasks = tasks_from(connection)
-    adopt_background(tasks, background_tasks, connection.scope.get("endpoint"))
+    _adopt_background(tasks, background_tasks, connection.scope.get("endpoint"))
     background_tasks.tasks.clear()
     background_tasks.__dict__["add_task"] = tasks.options(when="complete").add_task
 
 
 class DeferredRoute(APIRoute):
-    """A route whose `background_tasks: BackgroundTasks` parameters, and its responses' own `background=`, run as
-    deferred tasks, with not one endpoint changed.
+    """A route that runs FastAPI's background tasks as deferred tasks, with not one endpoint changed.
 
+    That is, those of its `background_tasks: BackgroundTasks` parameters, and of its responses' own `background=`.
     They run with `when="complete"`: once the response was sent in full, whatever its status. What FastAPI drops is
     kept: tasks added after a dependency's `yield`, those added before an `HTTPException` was raised, and injected ones
     where the response has a background of its own. A failing task leaves the others alone.
@@ -75,9 +75,10 @@ class DeferredRoute(APIRoute):
         super().__init__(path, endpoint, dependencies=dependencies, **kwargs)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler, which makes the response, to move that response's background."""
         handle = super().get_route_handler()
 
         async def handle_and_move(request: Request) -> Any:
-            return move_background(tasks_from(request), await handle(request), self.endpoint)
+            return _move_background(tasks_from(request), await handle(request), self.endpoint)
 
         return handle_and_move

@@ -54,18 +54,18 @@ class DeferredRoute(Route):
         self.endpoint = endpoint
 
 
-def move_background(tasks: DeferredTasks, response: Any, endpoint: Any) -> Any:
+def _move_background(tasks: DeferredTasks, response: Any, endpoint: Any) -> Any:
     """Add the response's background tasks to the list; return the response without them."""
     background = getattr(response, "background", None)
     if background is None:
         return response
-    if adopt_background(tasks, background, endpoint):
+    if _adopt_background(tasks, background, endpoint):
         response = copy(response)  # an application may send one response many times
     response.background = None
     return response
 
 
-def adopt_background(tasks: DeferredTasks, background: Any, endpoint: Any) -> bool:
+def _adopt_background(tasks: DeferredTasks, background: Any, endpoint: Any) -> bool:
     """Add background tasks to the list as if the endpoint had; return whether there were any."""
     code: CodeType | None = getattr(unwrap(unwrap_partial(endpoint)), "__code__", None)
     adder = tasks.options(when="complete")
@@ -100,9 +100,9 @@ def _moving(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a handler, so that its tasks get the context that it leaves behind, also in a worker thread."""
 
     async def handle_async(*args: Any) -> Any:
-        return move_background(tasks_from(args[-1]), await handler(*args), handler)
+        return _move_background(tasks_from(args[-1]), await handler(*args), handler)
 
     def handle(*args: Any) -> Any:
-        return move_background(tasks_from(args[-1]), handler(*args), handler)
+        return _move_background(tasks_from(args[-1]), handler(*args), handler)
 
     return handle_async if is_async(handler) else handle

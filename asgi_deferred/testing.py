@@ -98,7 +98,7 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
 
     def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
         finished = _finish(runner, task, state, *args, **kwargs)
-        if finished and state in (TaskState.FAILED, TaskState.TIMED_OUT):
+        if task.state in (TaskState.FAILED, TaskState.TIMED_OUT):
             errors.setdefault(task._tasks, task.error)
         return finished
 

@@ -17,7 +17,7 @@ OpenClient: TypeAlias = Callable[..., AbstractContextManager[TestClient]]
 
 @asynccontextmanager
 async def async_client(app: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """httpx on this event loop, with the application's lifespan around it."""
+    """An httpx client on this event loop, with the application's lifespan around it."""
     transport = httpx.ASGITransport(app)
     async with lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client

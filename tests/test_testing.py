@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from asgi_deferred import (
 from asgi_deferred.testing import inline, record
 
 from .clients import OpenClient, async_client, open_client
+from .conftest import BACKENDS
 from .support import OK, Log, http_scope, no_more_messages, request, responder, states
 
 __all__ = ["open_client"]
@@ -97,12 +99,15 @@ async def test_record_collects_with_async_client(deferred: list[DeferredTask]) -
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         defer(log.note, "here")
-        await anyio.to_thread.run_sync(defer, log.note, "there")
+        await anyio.to_thread.run_sync(lambda: defer(log.note, "there"))
         await PlainTextResponse("hello")(scope, receive, send)
 
-    async with runner, httpx.AsyncClient(
-        transport=httpx.ASGITransport(DeferredMiddleware(app, runner)), base_url="http://test"
-    ) as client:
+    async with (
+        runner,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(DeferredMiddleware(app, runner)), base_url="http://test"
+        ) as client,
+    ):
         await client.get("/")
         defer(log.note, "no request")
     assert [task.args for task in deferred] == [("here",), ("there",), ("no request",)]
@@ -179,7 +184,9 @@ def test_inline_with_test_client(open_client: OpenClient) -> None:
         log.append(f"slow {current_tasks().outcome.status}")  # type: ignore[union-attr]
         defer(log.note_sync, "nested")
 
-    app = make_app(lambda tasks: tasks.add_task(slow), lambda tasks: tasks.add_task(log.note_sync, "sync"), runner=runner)
+    app = make_app(
+        lambda tasks: tasks.add_task(slow), lambda tasks: tasks.add_task(log.note_sync, "sync"), runner=runner
+    )
     with inline(), open_client(app) as client:
         for _ in range(2):
             client.get("/")
@@ -189,7 +196,7 @@ def test_inline_with_test_client(open_client: OpenClient) -> None:
 
 
 @pytest.mark.anyio
-async def test_inline_on_a_running_lifespan() -> None:
+async def test_inline_on_a_running_lifespan(caplog: pytest.LogCaptureFixture) -> None:
     """Only while the block is entered does the call wait; before and after, tasks are off the request's clock."""
     log, go = Log(), anyio.Event()
 
@@ -213,6 +220,7 @@ async def test_inline_on_a_running_lifespan() -> None:
         log.append("after")
         go.set()
     assert log == ["before", "go", "task", "task", "inline", "after", "task"]
+    assert caplog.messages == []  # the drain found nothing to abandon
 
 
 def test_inline_raises_in_test_client(open_client: OpenClient, finish_deferred: None) -> None:
@@ -289,6 +297,24 @@ async def test_inline_lets_a_cancellation_win(finish_deferred: None) -> None:
     with anyio.CancelScope() as scope:
         await app(http_scope(), no_more_messages, send)
     assert scope.cancelled_caught
+    assert [task.state for task in failed] == [TaskState.FAILED]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]])
+async def test_inline_lets_a_native_cancellation_win(finish_deferred: None) -> None:
+    """G10: the same where asyncio delivers a cancellation but once, so that the tasks' end can be waited for."""
+    failed: list[DeferredTask] = []
+
+    async def send(message: Any) -> None:
+        if message == OK[-1]:
+            host.cancel()
+        await asyncio.sleep(0)
+
+    app = DeferredMiddleware(responder(lambda tasks: failed.append(tasks.add_task(fail, "task"))))
+    host = asyncio.ensure_future(app(http_scope(), no_more_messages, send))
+    await asyncio.wait([host])
+    assert host.cancelled()
     assert [task.state for task in failed] == [TaskState.FAILED]
 
 
