@@ -21,13 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 from anyio import get_cancelled_exc_class
 
+from ._engines import recognise
 from ._runner import Runner
-from ._tasks import DeferredTask, DeferredTasks, TaskState
+from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
 
 __all__ = ["inline", "record"]
 
@@ -66,6 +68,7 @@ def record() -> Iterator[list[DeferredTask]]:
 def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """Let every request finish its tasks before its ASGI call returns, and so before the client sees the response.
 
+    Tasks of engines run here as well, after the response and without a broker: the function below each is called.
     Of nested blocks the innermost decides about `raise_errors`.
 
     Args:
@@ -82,6 +85,17 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """
     errors: dict[DeferredTasks, BaseException | None] = {}
 
+    outer = Runner._accept
+
+    def accept(runner: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
+        engine = recognise(task.func)
+        if engine is not None:
+            task._call = partial(engine.local(task.func))
+            task._async = is_async(task._call)
+            task.timeout = None
+        outer(runner, tasks, task)
+        tasks._durable = False
+
     def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
         finished = _finish(runner, task, state, *args, **kwargs)
         if task.state in (TaskState.FAILED, TaskState.TIMED_OUT):
@@ -93,8 +107,8 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
             tasks._session.unregister(tasks)
         await runner._run_here(tasks, cancelled=isinstance(tasks._error, get_cancelled_exc_class()))
         error = errors.pop(tasks, None)
-        if error is not None and raise_errors and tasks._error is None and not tasks._handing_over:
+        if error is not None and raise_errors and tasks._error is None:
             raise error
 
-    with patch.multiple(Runner, _finish=finish, _end=end):
+    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end):
         yield

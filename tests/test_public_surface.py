@@ -32,9 +32,11 @@ CORE = [
     "_exceptions",
     "_completion",
     "_threads",
+    "_engines",
     "_tasks",
     "_scheduler",
     "_runner",
+    "_durable",
     "_lifespan",
     "_middleware",
 ]
