@@ -6,6 +6,8 @@
    application, or from here if that ends without: as Django does, which raises, or an app that returns.
 3. An exception before the application has received anything means that it has no lifespan. Any other passes
    through: at once before startup completed, and after the drain if it comes later.
+4. A server may cancel this call once it has the last message, as hypercorn does. The application has returned by then
+   and would not notice, and neither do we: what is left here is to leave a task group whose tasks have ended.
 
 ASGI: Lifespan Protocol, sections "Scope" to "Shutdown Complete".
 """
@@ -17,7 +19,10 @@ from contextlib import AsyncExitStack
 from logging import getLogger
 from typing import Any
 
+from anyio import get_cancelled_exc_class
+
 from ._runner import Runner
+from ._scheduler import torn_down
 from ._tasks import KEY
 
 logger = getLogger("asgi_deferred")
@@ -45,7 +50,13 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         if f"lifespan.{phase}.complete" not in sent and f"lifespan.{phase}.failed" not in sent:
             await send_and_note({"type": f"lifespan.{phase}.complete"})
 
+    over = False
+
+    def forgive(_kind: object, exc: BaseException | None, _traceback: object) -> bool:
+        return over and isinstance(exc, get_cancelled_exc_class()) and not torn_down()
+
     async with AsyncExitStack() as stack:
+        stack.push(forgive)
         try:
             tasks = await stack.enter_async_context(runner._run())
         except RuntimeError as exc:
@@ -66,3 +77,4 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         if "lifespan.startup.failed" not in sent:
             await complete("startup")
             await complete("shutdown")
+        over = sent[-1].startswith("lifespan.shutdown.")

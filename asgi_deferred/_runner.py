@@ -396,7 +396,7 @@ class Runner:
         except BaseException as exc:
             if torn_down():
                 self._finish(task, TaskState.ABANDONED, exc)
-                if isinstance(exc, GeneratorExit) or isinstance(exc, get_cancelled_exc_class()):
+                if type(exc) is GeneratorExit or isinstance(exc, get_cancelled_exc_class()):
                     raise
                 await checkpoint()  # the cancellation that the task's own error hid
             elif isinstance(exc, _TimeUp):

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -24,7 +25,7 @@ from logging import getLogger
 from math import inf
 from threading import get_ident
 from types import coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anyio import (
     TASK_STATUS_IGNORED,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from ._runner import Runner
 
 logger = getLogger("asgi_deferred")
+
+sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
 
 MAX_IDLE_WORKERS = 16
 
@@ -165,8 +168,7 @@ class Scheduler:
 
     def put_back(self, strand: Strand) -> None:
         """Undo a claim whose task was not begun."""
-        task = strand.current
-        assert task is not None
+        task = cast("DeferredTask", strand.current)
         if not task._async:
             self.threads += 1
         strand.queue.appendleft(task)
@@ -291,6 +293,8 @@ class Session:
         self._settled = Event()
         self.thread = get_ident()
         self._context = copy_context()
+        if sniffio is not None:  # it sees no event loop from a callback, which `dispatch` may be called from
+            self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
         self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
@@ -380,7 +384,7 @@ class Session:
 
     async def run_unit(self, strand: Strand) -> None:
         task = strand.current
-        assert task is not None  # noqa: S101
+        assert task is not None
         if task._async:
             await in_context(task._context, self.runner._run_async(task))
             return
