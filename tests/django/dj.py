@@ -23,12 +23,12 @@ if not apps.ready:
     _folder = tempfile.TemporaryDirectory()
     atexit.register(_folder.cleanup)
     os.environ["DJPROJECT_SQLITE"] = str(Path(_folder.name) / "db.sqlite3")
-    os.environ["DJANGO_SETTINGS_MODULE"] = "djproject.settings"
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django.djproject.settings"
     django.setup()
 
 from django.core.handlers.asgi import ASGIHandler
 from django.core.management import call_command
-from djproject.journal import journal
+from .djproject.journal import journal
 
 from asgi_deferred.django import DeferredMiddleware
 

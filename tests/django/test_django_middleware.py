@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from threading import Event, get_ident
 from typing import Any
 
-import dj
+from . import dj
 import pytest
 from anyio import sleep_forever
 from asgiref.sync import sync_to_async
@@ -16,8 +16,8 @@ from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connection, connections
 from django.test import override_settings
-from djproject import views
-from djproject.models import Entry
+from .djproject import views
+from .djproject.models import Entry
 
 from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_tasks, defer
 
@@ -58,12 +58,12 @@ async def test_defer(path: str) -> None:
 @pytest.mark.parametrize("path", ["sync_view", "async_view", "async_class", "middleware"])
 async def test_defer_below_sync_middleware(path: str) -> None:
     """G1: the same where a sync middleware makes Django run all else in a thread."""
-    with override_settings(MIDDLEWARE=["djproject.middleware.sync_only", *settings.MIDDLEWARE]):
+    with override_settings(MIDDLEWARE=["tests.django.djproject.middleware.sync_only", *settings.MIDDLEWARE]):
         assert await dj.request(dj.wrapped(), f"/{path}") == ["200", "sent", "task"]
 
 
 @pytest.mark.parametrize("path", ["async_orm", "bridged"])
-@pytest.mark.parametrize("middleware", [[], ["djproject.middleware.sync_only"]])
+@pytest.mark.parametrize("middleware", [[], ["tests.django.djproject.middleware.sync_only"]])
 async def test_async_orm(path: str, middleware: list[str]) -> None:
     """An async task uses the async ORM, also where the line that added it ran in a thread that waits no longer."""
     with override_settings(MIDDLEWARE=middleware):

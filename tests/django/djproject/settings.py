@@ -11,9 +11,9 @@ import django
 SECRET_KEY = "for tests"
 ALLOWED_HOSTS = ["*"]
 TIME_ZONE = "UTC"
-ROOT_URLCONF = "djproject.urls"
-INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", "djproject"]
-MIDDLEWARE = ["djproject.middleware.defer_in_middleware"]
+ROOT_URLCONF = "tests.django.djproject.urls"
+INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", "tests.django.djproject"]
+MIDDLEWARE = ["tests.django.djproject.middleware.defer_in_middleware"]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGGING_CONFIG = None
 DEFAULT: dict[str, Any] = {
