@@ -10,11 +10,10 @@
 from __future__ import annotations
 
 from asyncio import shield, wrap_future
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
@@ -118,16 +117,12 @@ class CaptureDeferred:
         get_response, get_response_async = self._before
 
         def captured(handler: Any, request: Any) -> Any:
-            with self._request(request) as tasks:
-                response = get_response(handler, request)
-                tasks._outcome = Outcome("http", response.status_code, complete=True)
-                return response
+            with self._request(request) as answered:
+                return answered(get_response(handler, request))
 
         async def captured_async(handler: Any, request: Any) -> Any:
-            with self._request(request) as tasks:
-                response = await get_response_async(handler, request)
-                tasks._outcome = Outcome("http", response.status_code, complete=True)
-                return response
+            with self._request(request) as answered:
+                return answered(await get_response_async(handler, request))
 
         _patch(captured, captured_async)
         outside = DeferredTasks(self._runner, "http")
@@ -151,12 +146,22 @@ class CaptureDeferred:
             await sync_to_async(self._run)()
 
     @contextmanager
-    def _request(self, request: Any) -> Iterator[DeferredTasks]:
+    def _request(self, request: Any) -> Iterator[Callable[[Any], Any]]:
+        """Give a request a list, if it has not come through the middleware; yields what takes its response."""
+        scope = getattr(request, "scope", {"type": "http"})
+        if KEY in scope:
+            yield lambda response: response
+            return
         tasks = DeferredTasks(self._runner, "http")
-        request.scope = {**getattr(request, "scope", {"type": "http"}), KEY: tasks}
+        request.scope = {**scope, KEY: tasks}
+
+        def answered(response: Any) -> Any:
+            tasks._outcome = Outcome("http", response.status_code, complete=True)
+            return response
+
         token = current.set(tasks)
         try:
-            yield tasks
+            yield answered
         finally:
             current.reset(token)
 

@@ -13,10 +13,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import django
 from anyio import Event, create_task_group
 from django.apps import apps
 
+import django
 from asgi_deferred import Runner
 
 if not apps.ready:
@@ -28,9 +28,10 @@ if not apps.ready:
 
 from django.core.handlers.asgi import ASGIHandler
 from django.core.management import call_command
-from .djproject.journal import journal
 
 from asgi_deferred.django import DeferredMiddleware
+
+from .djproject.journal import journal
 
 call_command("migrate", run_syncdb=True, verbosity=0)
 

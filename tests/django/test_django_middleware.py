@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, contextmanager
 from threading import Event, get_ident
 from typing import Any
 
-from . import dj
 import pytest
 from anyio import sleep_forever
 from asgiref.sync import sync_to_async
@@ -16,10 +15,12 @@ from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connection, connections
 from django.test import override_settings
-from .djproject import views
-from .djproject.models import Entry
 
 from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_tasks, defer
+
+from . import dj
+from .djproject import views
+from .djproject.models import Entry
 
 pytestmark = pytest.mark.anyio
 
@@ -189,7 +190,6 @@ async def test_connections_closed(
 
 async def test_queries_reset() -> None:
     """With DEBUG a task starts with an empty log of queries, as a request does."""
-
     counts: list[int] = []
 
     def count() -> None:

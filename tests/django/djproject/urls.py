@@ -23,6 +23,8 @@ urlpatterns = [
             views.async_write,
             views.load,
             views.aload,
+            views.hook,
+            views.ahook,
             views.statistics,
         )
     ],

@@ -164,5 +164,19 @@ async def aload(request: HttpRequest) -> HttpResponse:
     return HttpResponse("ok", status=202)
 
 
+hooked: list[Any] = []
+
+
+def hook(request: HttpRequest) -> HttpResponse:
+    """Call what a test put there."""
+    result = hooked.pop()(request)
+    return result if isinstance(result, HttpResponse) else HttpResponse("ok")
+
+
+async def ahook(request: HttpRequest) -> HttpResponse:
+    result = await hooked.pop()(request)
+    return result if isinstance(result, HttpResponse) else HttpResponse("ok")
+
+
 async def statistics(request: HttpRequest) -> HttpResponse:
     return JsonResponse(current_tasks()._runner.statistics()._asdict())
