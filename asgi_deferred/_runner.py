@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from functools import partial
 from inspect import isasyncgen, isasyncgenfunction, isawaitable, isgenerator, isgeneratorfunction
 from logging import getLogger
 from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
@@ -44,6 +52,8 @@ if TYPE_CHECKING:
 logger = getLogger("asgi_deferred")
 
 PENDING, RUNNING = TaskState.PENDING, TaskState.RUNNING
+
+Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
 
 
 class Statistics(NamedTuple):
@@ -86,7 +96,8 @@ class Runner:
             server without lifespan. Keep it below the time after which your supervisor kills the process.
         observers: Called with a `TaskEvent`, in the task's context, when a task starts and when it ends.
         around: Called with the `DeferredTask`, in its context, to make the context manager that is entered
-            around the call, in the thread that makes it.
+            around the call, in the thread that makes it. An async one is entered around what is awaited, on the
+            event loop: an async function, or what a sync one returned. One that is both is entered as either.
 
     Raises:
         ValueError, TypeError: An argument is out of its range or not of its type.
@@ -105,7 +116,7 @@ class Runner:
         enqueue_timeout: float = 5.0,
         drain_timeout: float = 20.0,
         observers: Sequence[Callable[[TaskEvent], object]] = (),
-        around: Sequence[Callable[[DeferredTask], AbstractContextManager[object]]] = (),
+        around: Sequence[Around] = (),
     ) -> None:
         check_positive("max_concurrency", max_concurrency)
         check_positive("max_threads", max_threads)
@@ -433,7 +444,7 @@ class Runner:
 
     async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
-            with self._entered(task) if self.around and awaitable is None else _NOTHING:
+            async with self._entered_async(task, called=awaitable is not None) if self.around else _NOTHING:
                 call: Any = task._call(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
                     await call
@@ -484,7 +495,20 @@ class Runner:
     def _entered(self, task: DeferredTask) -> Iterator[None]:
         with ExitStack() as stack:
             for around in self.around:
-                stack.enter_context(around(task))
+                manager = around(task)
+                if isinstance(manager, AbstractContextManager):
+                    stack.enter_context(manager)
+            yield
+
+    @asynccontextmanager
+    async def _entered_async(self, task: DeferredTask, *, called: bool) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for around in self.around:
+                manager = around(task)
+                if isinstance(manager, AbstractAsyncContextManager):
+                    await stack.enter_async_context(manager)
+                elif not called:
+                    stack.enter_context(manager)
             yield
 
 
@@ -501,7 +525,7 @@ def _check_durable(tasks: DeferredTasks, task: DeferredTask) -> None:
         )
 
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_NOTHING: nullcontext[None] = nullcontext()
 
 
 def describe(task: DeferredTask) -> str:
