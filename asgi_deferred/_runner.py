@@ -26,7 +26,7 @@ from logging import getLogger
 from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
@@ -39,6 +39,7 @@ from ._tasks import (
     DeferredTasks,
     TaskEvent,
     TaskState,
+    check_count,
     check_positive,
     check_when,
     current,
@@ -118,9 +119,9 @@ class Runner:
         observers: Sequence[Callable[[TaskEvent], object]] = (),
         around: Sequence[Around] = (),
     ) -> None:
-        check_positive("max_concurrency", max_concurrency)
-        check_positive("max_threads", max_threads)
-        check_positive("max_pending", max_pending)
+        check_count("max_concurrency", max_concurrency)
+        check_count("max_threads", max_threads)
+        check_count("max_pending", max_pending)
         check_positive("enqueue_timeout", enqueue_timeout)
         check_positive("drain_timeout", drain_timeout)
         if timeout is not None:
@@ -138,7 +139,7 @@ class Runner:
         self.enqueue_timeout = enqueue_timeout
         self.drain_timeout = drain_timeout
         self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
-        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
+        self.around: tuple[Around, ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0
@@ -217,18 +218,22 @@ class Runner:
 
     async def _end(self, tasks: DeferredTasks) -> None:
         """Run what the request deferred: in the background, or without a lifespan here and now."""
-        cancelled = isinstance(tasks._error, get_cancelled_exc_class())
-        session = tasks._session or self._live
-        if session is not None and session.open and session.thread == get_ident():
-            session.hand_over(tasks)
-            if self._unfinished > self.max_pending and not cancelled:
-                await self._until(self.max_pending)
+        session = self._home(tasks)
+        if session is None:
+            await self._run_here(tasks)
             return
-        if session is not None:  # of another thread's event loop
-            session.unregister(tasks)
-        await self._run_here(tasks, cancelled=cancelled)
+        session.hand_over(tasks)
+        if self._unfinished > self.max_pending and not isinstance(tasks._error, get_cancelled_exc_class()):
+            await self._until(self.max_pending)
 
-    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
+    def _home(self, tasks: DeferredTasks) -> Session | None:
+        """Return the live session, if there is one on this event loop."""
+        session = tasks._session or self._live
+        return session if session is not None and session.open and session.thread == get_ident() else None
+
+    async def _run_here(self, tasks: DeferredTasks) -> None:
+        if tasks._session is not None:
+            tasks._session.unregister(tasks)
         scheduler = self._scheduler()
         session = Session(scheduler, shield=True)
         session.draining.set()
@@ -241,7 +246,7 @@ class Runner:
             async with create_task_group() as group:
                 group.start_soon(session.keep, tasks)
                 try:
-                    if cancelled:
+                    if isinstance(tasks._error, get_cancelled_exc_class()):
                         limit()
                     await session.ended.wait()
                 except BaseException:
@@ -530,7 +535,8 @@ _NOTHING: nullcontext[None] = nullcontext()
 
 def describe(task: DeferredTask) -> str:
     """Name a task for the log, on one line whatever the request's path holds, and without its arguments."""
-    return f"deferred task {task.name!a}, added at {task.added_at}, request {task._tasks._request!a}"
+    request = f", request {task._tasks._request!a}" if task._tasks._request else ""
+    return f"deferred task {task.name!a}, added at {task.added_at}{request}"
 
 
 def request_line(scope: Mapping[str, Any]) -> str:

@@ -445,13 +445,20 @@ async def test_engine_tasks_go_first_at_shutdown(kind: tuple[Any, Any]) -> None:
         async with runner:
             await request(DeferredMiddleware(responder(add), runner), log)
             await request(
-                DeferredMiddleware(responder(lambda tasks: tasks.options(name="4").add_task(kind[0](log), "4")), runner), log
+                DeferredMiddleware(
+                    responder(lambda tasks: tasks.options(name="4").add_task(kind[0](log), "4")), runner
+                ),
+                log,
             )
             await anyio.to_thread.run_sync(entered.wait)
             log.clear()
     finally:
         stuck.set()
-    assert [entry for entry in log if entry.startswith("stored") and entry != "stored 4"] == ["stored 1", "stored 2", "stored 3"]
+    assert [entry for entry in log if entry.startswith("stored") and entry != "stored 4"] == [
+        "stored 1",
+        "stored 2",
+        "stored 3",
+    ]
     assert "stored 4" in log
     assert sorted(log[-4:]) == ["plain 1 ABANDONED", "plain 2 ABANDONED", "plain 3 ABANDONED", "stuck ABANDONED"]
     assert runner.statistics().succeeded == 4
