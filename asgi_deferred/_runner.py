@@ -210,7 +210,7 @@ class Runner:
     # A request ends
 
     def _register(self, tasks: DeferredTasks) -> None:
-        """Let a drain wait for a request that has tasks, and is past its response but not yet returned."""
+        """Let a drain wait for a request that has tasks and has not returned yet."""
         session = self._live
         if session is not None and session.open:
             session.registered.add(tasks)
@@ -308,7 +308,7 @@ class Runner:
             if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
                 tasks._tasks.pop()
                 self._accept_late(tasks, task)
-            elif tasks._complete:
+            else:
                 self._register(tasks)
             self._accepted += 1
             self._unfinished += 1
