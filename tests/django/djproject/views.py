@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from asyncio import sleep as asleep
+from time import sleep
 from typing import Any
 
 from asgiref.sync import async_to_sync, sync_to_async
@@ -152,6 +154,14 @@ def load(request: HttpRequest) -> HttpResponse:
     if "database" in request.GET:
         Entry.objects.exists()
     defer(write_later, "sync")
+    defer(awrite_later, "async")
+    return HttpResponse("ok", status=202)
+
+
+def slow(request: HttpRequest) -> HttpResponse:
+    defer(sleep, 0.3)
+    defer(write_later, "sync")
+    defer(asleep, 0.3)
     defer(awrite_later, "async")
     return HttpResponse("ok", status=202)
 

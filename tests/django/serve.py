@@ -1,0 +1,69 @@
+"""Servers as processes of their own, on a port that they choose."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Server:
+    """A running server: its address, and the lines it has written."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        assert process.stderr is not None
+        for line in process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if match := re.search(r"(?:running on http://|on TCP address )127\.0\.0\.1:(\d+)", line):
+                self.address = f"127.0.0.1:{match[1]}"
+                break
+        else:
+            raise RuntimeError("The server ended: " + "\n".join(self.lines))
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(line.rstrip("\n") for line in self.process.stderr)
+
+    def terminate(self) -> int:
+        """End it as a deploy does; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(30)
+        self._reader.join(30)
+        return code
+
+
+COMMANDS = {
+    "uvicorn": ("uvicorn", "--host", "127.0.0.1", "--port", "0", "--no-access-log"),
+    "daphne": ("daphne", "-b", "127.0.0.1", "-p", "0"),
+}
+
+
+@contextmanager
+def serve(name: str, application: str, *, folder: Path = ROOT, **environ: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *COMMANDS[name], application],
+        cwd=folder,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environ},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Server(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()

@@ -1,0 +1,38 @@
+"""A Django project on real servers."""
+
+from __future__ import annotations
+
+from http.client import HTTPConnection
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from . import dj  # noqa: F401 - makes the database
+from .djproject.models import Entry
+from .serve import COMMANDS, serve
+
+APPLICATION = "tests.django.djproject.asgi:application"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_sigterm(name: str) -> None:
+    """G8, G9: tasks, sync and async, run to their end although the server is told to stop right after the response."""
+    Entry.objects.all().delete()
+    with serve(name, APPLICATION) as server:
+        client = HTTPConnection(server.address, timeout=30)
+        client.request("GET", "/slow")
+        assert client.getresponse().status == 202
+        server.terminate()
+    assert [entry.text for entry in Entry.objects.order_by("pk")] == ["sync", "async"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_websocket(name: str) -> None:
+    """A websocket that Django has no answer for is refused by a 403, and the server has no error to log."""
+    with serve(name, APPLICATION) as server:
+        with pytest.raises(InvalidStatus) as caught, connect(f"ws://{server.address}/", open_timeout=30):
+            raise AssertionError
+        assert caught.value.response.status_code == 403
+        server.terminate()
+    assert [line for line in server.lines if "Traceback" in line or "Error" in line] == []
