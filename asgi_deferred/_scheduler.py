@@ -9,12 +9,14 @@
 4. A *worker* is a pooled anyio task that runs one unit after another: an async task, stepped in the context of the
    line that added it, or a run of sync tasks in one hop to a thread. No worker runs a user's code before it has
    yielded to the event loop, so nothing of the user's runs inside `add_task` or the ASGI call.
+   Engines' tasks take no slot when a response waits for them, or when the drain starts: nothing may hold those up.
 5. `pump` runs on the event loop's thread only. Other threads reach it through `soon`, which never blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -31,6 +33,7 @@ from anyio import (
     CancelScope,
     Event,
     NoEventLoopError,
+    Semaphore,
     create_task_group,
     current_effective_deadline,
     current_time,
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from ._runner import Runner
 
 logger = getLogger("asgi_deferred")
+
+sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
 
 MAX_IDLE_WORKERS = 16
 
@@ -97,12 +102,13 @@ def torn_down() -> bool:
 class Strand:
     """Tasks that run one at a time, in order (rule 1)."""
 
-    __slots__ = ("active", "current", "queue", "session")
+    __slots__ = ("active", "current", "freed", "queue", "session")
 
     def __init__(self, session: Session, tasks: list[DeferredTask]) -> None:
         self.session = session
         self.queue = deque(tasks)
         self.current: DeferredTask | None = None
+        self.freed: Event | None = None
         self.active = True
 
     def head(self) -> DeferredTask | None:
@@ -120,8 +126,10 @@ class Scheduler:
         self.soon = soon_here()
         self.slots = runner.max_concurrency
         self.threads = runner.max_threads
+        self.cancelled_calls: set[Session] = set()
         self.waiting: deque[Strand] = deque()
         self.parked: deque[Strand] = deque()  # came before those waiting; a thread is all they lack
+        self.enqueueing = Semaphore(runner.max_threads)
 
     def push(self, *strands: Strand) -> None:
         self.waiting.extend(strands)
@@ -156,12 +164,51 @@ class Scheduler:
     def release(self, strand: Strand) -> None:
         """Take a slot back, and queue what else the strand has."""
         self.slots += 1
+        if strand.freed is not None:
+            strand.freed.set()
         with self.runner._lock:
             strand.current = None
             if strand.head() is None or strand.session.cancelled:
                 strand.session.retire(strand)
             else:
                 self.waiting.append(strand)
+
+    async def enqueue_shielded(self, task: DeferredTask) -> None:
+        with CancelScope(shield=True):
+            await self.enqueue(task)
+
+    async def enqueue(self, task: DeferredTask) -> None:
+        """Let an engine's task end, past all that waits for a slot or a thread."""
+        runner = self.runner
+        if task._async:
+            await in_context(task._context, runner._run_async(task))
+            return
+        returned: list[Awaitable[Any] | None] = []
+        done = Event()
+        started = current_time()
+
+        def job() -> None:
+            returned.append(task._context.run(runner._run_sync, task))
+            if task.state is not TaskState.RUNNING and (close := getattr(returned[0], "close", None)):
+                close()  # its time was up; nobody will await it
+
+        def free() -> None:
+            self.enqueueing.release()
+            done.set()
+
+        try:
+            with move_on_after(task.timeout):
+                await self.enqueueing.acquire()
+                runner._threads.start(job, partial(self.soon, free))
+                await done.wait()
+        except BaseException:
+            runner._finish_outside(task, TaskState.ABANDONED)
+            raise
+        if not done.is_set():
+            runner._time_out(task)
+        elif returned[0] is not None:
+            left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
+            await in_context(task._context, runner._run_awaitable(task, returned[0], left))
 
     def put_back(self, strand: Strand) -> None:
         """Undo a claim whose task was not begun."""
@@ -285,11 +332,14 @@ class Session:
         self.strands: set[Strand] = set()
         self.registered: set[DeferredTasks] = set()
         self.scope = CancelScope(shield=shield)
+        self.enqueue_first = False
         self.draining = Event()
         self.ended = Event()
         self._settled = Event()
         self.thread = get_ident()
         self._context = copy_context()
+        if sniffio is not None:  # it sees no event loop from a callback, which `dispatch` may be called from
+            self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
         self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
@@ -298,20 +348,27 @@ class Session:
         try:
             with self.scope:
                 async with create_task_group() as self.group:
-                    task_status.started()
-                    if tasks is not None:
-                        self.hand_over(tasks)
-                    await self.draining.wait()
-                    while not self._close_if_idle():
-                        await self._settled.wait()
-                        self._settled = Event()
-                    self.group.cancel_scope.cancel()
+                    try:
+                        task_status.started()
+                        if tasks is not None:
+                            self.hand_over(tasks)
+                        await self.draining.wait()
+                        while not self._close_if_idle():
+                            await self._settled.wait()
+                            self._settled = Event()
+                    finally:
+                        self.cancelled = True  # no strand starts in a group that is about to close
+                        self.group.cancel_scope.cancel()
         finally:
             self._sweep()
             self.ended.set()
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is left, `timeout` seconds at most; then cancel the rest and wait for that."""
+        self.enqueue_first = True
+        with self.runner._lock:
+            strands = self._take_engine_tasks(list(self.strands))
+        self._enqueue_strands(strands)
         self.draining.set()
         with move_on_after(timeout):
             await self.ended.wait()
@@ -337,6 +394,8 @@ class Session:
                 tasks._strand = Strand(self, tasks._tasks)
                 strands = [tasks._strand]
             self.strands.update(strands)
+            taken = self._take_engine_tasks(strands) if self.enqueue_first else []
+        self._enqueue_strands(taken)
         self.scheduler.push(*strands)
 
     def unregister(self, tasks: DeferredTasks) -> None:
@@ -355,6 +414,35 @@ class Session:
             tasks._strand = strand
         self.strands.add(strand)
         self.scheduler.soon(self.scheduler.push, strand)
+
+    def _take_engine_tasks(self, strands: list[Strand]) -> list[Strand]:
+        """Split what waits for its engine off each strand. Under the runner's lock."""
+        taken = []
+        for strand in strands:
+            tasks = [task for task in strand.queue if task._call is not task.func]
+            if tasks:
+                taken.append(rest := Strand(self, tasks))
+                strand.queue = deque(task for task in strand.queue if task._call is task.func)
+                if strand.current is not None and strand.current._call is not strand.current.func:
+                    strand.freed = rest.freed = Event()
+        self.strands.update(taken)
+        return taken
+
+    def _enqueue_strands(self, strands: list[Strand]) -> None:
+        for strand in strands:
+            self._context.run(self.group.start_soon, self._enqueue_strand, strand)
+
+    async def _enqueue_strand(self, strand: Strand) -> None:
+        if strand.freed is not None:
+            await strand.freed.wait()  # the one before it, which is being enqueued
+        while True:
+            with self.runner._lock:
+                strand.current = strand.head()
+                if strand.current is None:
+                    self.retire(strand)
+                    return
+                strand.queue.popleft()
+            await self.scheduler.enqueue(strand.current)
 
     def retire(self, strand: Strand) -> None:
         """Let go of a strand that has nothing left to run. Under the runner's lock."""
