@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from http.client import HTTPConnection
+from time import monotonic
 
 import pytest
 from websockets.exceptions import InvalidStatus
@@ -17,14 +19,18 @@ APPLICATION = "tests.django.djproject.asgi:application"
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_sigterm(name: str) -> None:
-    """G8, G9: tasks, sync and async, run to their end although the server is told to stop right after the response."""
+    """G8, G9: tasks, sync and async, run to their end although the server is told to stop while they run."""
     Entry.objects.all().delete()
     with serve(name, APPLICATION) as server:
-        client = HTTPConnection(server.address, timeout=30)
-        client.request("GET", "/slow")
-        assert client.getresponse().status == 202
+        with closing(HTTPConnection(server.address, timeout=30)) as client:
+            client.request("GET", "/slow")
+            response = client.getresponse()
+            assert (response.status, response.read()) == (202, b"ok")
+            deadline = monotonic() + 30
+            while not Entry.objects.exists():
+                assert monotonic() < deadline
         server.terminate()
-    assert [entry.text for entry in Entry.objects.order_by("pk")] == ["sync", "async"]
+    assert [entry.text for entry in Entry.objects.order_by("pk")] == ["begun", "sync", "async"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

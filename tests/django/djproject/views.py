@@ -159,6 +159,7 @@ def load(request: HttpRequest) -> HttpResponse:
 
 
 def slow(request: HttpRequest) -> HttpResponse:
+    defer(write_later, "begun")
     defer(sleep, 0.3)
     defer(write_later, "sync")
     defer(asleep, 0.3)
