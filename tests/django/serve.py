@@ -51,11 +51,16 @@ COMMANDS = {
 
 
 @contextmanager
-def serve(name: str, application: str, *, folder: Path = ROOT, **environ: str) -> Iterator[Server]:
+def serve(
+    name: str, application: str, *, folder: Path = ROOT, migrate: bool = False, **environ: str
+) -> Iterator[Server]:
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **environ}
+    if migrate:
+        subprocess.run([sys.executable, "manage.py", "migrate", "-v0"], cwd=folder, env=environ, check=True)
     process = subprocess.Popen(
         [sys.executable, "-m", *COMMANDS[name], application],
         cwd=folder,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environ},
+        env=environ,
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -14,6 +14,8 @@ from . import dj  # noqa: F401 - makes the database
 from .djproject.models import Entry
 from .serve import COMMANDS, serve
 
+pytestmark = pytest.mark.servers
+
 APPLICATION = "tests.django.djproject.asgi:application"
 
 
