@@ -13,7 +13,7 @@ from asyncio import shield, wrap_future
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
@@ -43,7 +43,7 @@ class TaskConnections:
 
     async def __aenter__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "asgi-deferred", self._used.append, (True,))
-        self._sensitive: Any = ThreadSensitiveContext(executor=self._thread)
+        self._sensitive = cast("Any", ThreadSensitiveContext(executor=self._thread))
         await self._sensitive.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:

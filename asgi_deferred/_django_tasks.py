@@ -242,11 +242,11 @@ class DeferredBackend(ImmediateBackend):
             value = await result.task.func(*_arguments(result), **result.kwargs)
             _set(result, _return_value=normalize_json(value))
         except BaseException as exc:
-            if self._finish(result, exc):
-                await task_finished.asend(type(self), task_result=result)
-            raise
-        if self._finish(result):
+            self._finish(result, exc)
             await task_finished.asend(type(self), task_result=result)
+            raise
+        self._finish(result)
+        await task_finished.asend(type(self), task_result=result)
 
     def _start(self, result: TaskResult[..., Any]) -> None:
         now = timezone.now()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -11,19 +10,24 @@ import psycopg
 import pytest
 from psycopg import sql
 
-URL = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
+from tests.engines.services import POSTGRES, need
+
+from . import dj  # noqa: F401 - sets Django up
+from .djproject.journal import journal
+from .djproject.models import Entry
+
 LIMIT = 20
+
+
+@pytest.fixture(autouse=True)
+def _empty() -> None:
+    Entry.objects.all().delete()
+    journal.clear()
 
 
 @pytest.fixture
 def admin() -> Iterator[psycopg.Connection]:
-    try:
-        connection = psycopg.connect(URL, autocommit=True, connect_timeout=5)
-    except psycopg.OperationalError:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"No PostgreSQL at {URL}: set DATABASE_URL")
-    with connection:
+    with psycopg.connect(need(POSTGRES), autocommit=True) as connection:
         yield connection
 
 
@@ -35,7 +39,7 @@ def database(admin: psycopg.Connection) -> Iterator[str]:
     limit = sql.Literal(LIMIT)
     admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'secret' CONNECTION LIMIT {}").format(quoted, limit))
     admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(quoted, quoted))
-    server = urlsplit(URL)
+    server = urlsplit(POSTGRES)
     yield f"postgresql://{name}:secret@{server.hostname}:{server.port or 5432}/{name}"
     admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(quoted))
     admin.execute(sql.SQL("DROP ROLE {}").format(quoted))

@@ -22,13 +22,13 @@ class Server:
         self.process = process
         self.lines: list[str] = []
         assert process.stderr is not None
-        for line in process.stderr:
+        address = None
+        while address is None:
+            line = process.stderr.readline()
+            assert line, f"the server ended: {self.lines}"
             self.lines.append(line.rstrip("\n"))
-            if match := re.search(r"(?:running on http://|on TCP address )127\.0\.0\.1:(\d+)", line):
-                self.address = f"127.0.0.1:{match[1]}"
-                break
-        else:
-            raise RuntimeError("The server ended: " + "\n".join(self.lines))
+            address = re.search(r"(?:running on http://|on TCP address )(127\.0\.0\.1:\d+)", line)
+        self.address = address[1]
         self._reader = Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -52,9 +52,9 @@ COMMANDS = {
 
 @contextmanager
 def serve(
-    name: str, application: str, *, folder: Path = ROOT, migrate: bool = False, **environ: str
+    name: str, application: str, environ: dict[str, str] | None = None, folder: Path = ROOT, *, migrate: bool = False
 ) -> Iterator[Server]:
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **environ}
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **(environ or {})}
     if migrate:
         subprocess.run([sys.executable, "manage.py", "migrate", "-v0"], cwd=folder, env=environ, check=True)
     process = subprocess.Popen(
@@ -67,8 +67,7 @@ def serve(
     try:
         yield Server(process)
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.wait()
         assert process.stderr is not None
         process.stderr.close()

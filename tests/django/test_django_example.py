@@ -9,11 +9,12 @@ import sys
 from email import message_from_bytes, policy
 from pathlib import Path
 
-import django
 import httpx
 import pytest
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from anyio import Event, fail_after, sleep
+
+import django
 
 from .serve import COMMANDS, ROOT, serve
 
@@ -59,7 +60,7 @@ async def test_example(name: str, environ: dict[str, str]) -> None:
     environ |= {"EMAIL_HOST": "127.0.0.1", "EMAIL_PORT": str(smtp.sockets[0].getsockname()[1])}
     content = b"a document" * 100_000
     async with smtp:
-        with serve(name, "project.asgi:application", folder=PROJECT, migrate=True, **environ) as server:
+        with serve(name, "project.asgi:application", environ, PROJECT, migrate=True) as server:
             async with httpx.AsyncClient(base_url=f"http://{server.address}") as client:
                 refused = await client.post("/documents/", data={"email": "eve@example.org"})
                 assert refused.status_code == 400

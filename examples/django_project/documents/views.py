@@ -1,6 +1,5 @@
 from functools import partial
 
-from asgi_deferred import defer
 from django.core.mail import send_mail
 from django.db import transaction
 from django.http import HttpRequest, JsonResponse
@@ -8,6 +7,7 @@ from django.shortcuts import aget_object_or_404
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_POST
 
+from asgi_deferred import defer
 from documents.models import Document
 from documents.tasks import fingerprint
 

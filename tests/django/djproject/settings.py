@@ -38,6 +38,7 @@ DATABASES = {"default": DEFAULT}
 if django.VERSION >= (6, 0):
     TASKS = {
         "default": {"BACKEND": "asgi_deferred.django.DeferredBackend"},
+        "dummy": {"BACKEND": "django.tasks.backends.dummy.DummyBackend"},
         "careful": {
             "BACKEND": "asgi_deferred.django.DeferredBackend",
             "OPTIONS": {"when": "success", "result_ttl": 60, "max_results": 2},

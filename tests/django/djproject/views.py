@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from asyncio import sleep as asleep
+from collections.abc import AsyncIterator
+from functools import partial
 from time import sleep
 from typing import Any
 
@@ -71,7 +72,7 @@ def plain(request: HttpRequest) -> HttpResponse:
 
 
 async def stream(request: HttpRequest) -> StreamingHttpResponse:
-    async def parts() -> Any:
+    async def parts() -> AsyncIterator[bytes]:
         yield b"o"
         defer(journal.append, "task")
         yield b"k"
@@ -118,7 +119,7 @@ def write(request: HttpRequest) -> HttpResponse:
     Entry.objects.create(text="written")
     defer(count_task)
     defer(async_orm_task)
-    transaction.on_commit(partial(defer, journal.append, "committed"))
+    transaction.on_commit(partial(defer, journal.append, "committed"))  # pyright: ignore[reportArgumentType]
     if "fail" in request.GET:
         raise ValueError("after the write")
     if "bad" in request.GET:
@@ -134,7 +135,7 @@ async def async_write(request: HttpRequest) -> HttpResponse:
         Entry.objects.create(text="written")
         defer(count_task)
         defer(async_orm_task)
-        transaction.on_commit(partial(defer, journal.append, "committed"))
+        transaction.on_commit(partial(defer, journal.append, "committed"))  # pyright: ignore[reportArgumentType]
         if "fail" in request.GET:
             raise ValueError("after the write")
 
