@@ -1,21 +1,15 @@
-"""A Django without a project: its task framework with the backend for tests."""
+"""A task of Django's with the backend for tests, in the project that all tests of this process share."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from django.conf import settings
+from django.tasks import task
 
-if not settings.configured:
-    settings.configure(
-        TASKS={"default": {"BACKEND": "django.tasks.backends.dummy.DummyBackend"}},
-        DATABASES={},
-    )
-
-from django.tasks import task  # noqa: E402
+from tests.django import dj  # noqa: F401 - sets Django up
 
 
-@task
+@task(backend="dummy")
 def django_job(a: int, b: int = 0) -> Any:
     from .test_recognition import ran
 
