@@ -18,7 +18,7 @@ from logging import getLogger
 from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled

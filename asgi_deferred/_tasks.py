@@ -388,7 +388,7 @@ def is_async(func: Any) -> bool:
     if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
         return True
     func = unwrap_partial(func)
-    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
+    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))
 
 
 def _not_callable(func: object) -> TypeError:

@@ -12,7 +12,7 @@ if not settings.configured:
         DATABASES={},
     )
 
-from django.tasks import task  # noqa: E402
+from django.tasks import task
 
 
 @task

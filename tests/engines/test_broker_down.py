@@ -24,7 +24,9 @@ def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
     def submit(query: str) -> tuple[int, list[str]]:
         response = client.post(f"/submit?{query}")
         assert (response.status_code == 503) == ("retry-after" in response.headers)
-        wait_until(lambda: told.extend(client.get("/tell").json()) or len(told) > query.count("token"), "the tasks' ends")
+        wait_until(
+            lambda: told.extend(client.get("/tell").json()) or len(told) > query.count("token"), "the tasks' ends"
+        )
         lines = [*told]
         told.clear()
         return response.status_code, lines
@@ -33,7 +35,9 @@ def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
         return submit("durable&token=1") == (202, ["job SUCCEEDED", "plain SUCCEEDED"])
 
     def stored() -> int:
-        key = {"taskiq": prefix, "celery": prefix, "dramatiq": f"{prefix}:default", "huey": f"huey.redis.{prefix}"}[engine]
+        key = {"taskiq": prefix, "celery": prefix, "dramatiq": f"{prefix}:default", "huey": f"huey.redis.{prefix}"}[
+            engine
+        ]
         with redis.Redis.from_url(url) as broker:
             return int(broker.xlen(key) if engine == "taskiq" else broker.llen(key))  # type: ignore[arg-type]
 

@@ -16,8 +16,8 @@ import pytest
 import redis
 
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner
+from tests.support import Log, request, responder
 
-from ..support import Log, request, responder
 from .services import REDIS, ROOT, database, free_port, need, redis_server, wait_until, web
 
 done: list[Any] = []

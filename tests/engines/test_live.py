@@ -19,7 +19,15 @@ BIN = Path(sys.executable).parent
 
 WORKERS = {
     "taskiq": [f"{BIN}/taskiq", "worker", "--workers=1", "--log-level=WARNING", f"{LIVE}.on_taskiq:broker"],
-    "celery": [sys.executable, "-m", "celery", f"--app={LIVE}.on_celery", "worker", "--pool=solo", "--loglevel=WARNING"],
+    "celery": [
+        sys.executable,
+        "-m",
+        "celery",
+        f"--app={LIVE}.on_celery",
+        "worker",
+        "--pool=solo",
+        "--loglevel=WARNING",
+    ],
     "dramatiq": [f"{BIN}/dramatiq", f"{LIVE}.on_dramatiq", "--processes=1", "--threads=1"],
     "huey": [f"{BIN}/huey_consumer", f"{LIVE}.on_huey.queue", "--workers=1", "--delay=0.1"],
     "streaq": [f"{BIN}/streaq", "run", f"{LIVE}.on_streaq:worker"],
@@ -73,6 +81,8 @@ def test_another_process_does_the_job(engine: str, broker: str, tmp_path: Path) 
             wait_until(lambda token=token: (tmp_path / token).exists(), f"the job {token}")  # type: ignore[misc]
             assert int((tmp_path / token).read_text()) != sent[0].json()["web"]
         for token in ("after", "before"):
-            wait_until(lambda token=token: client.get("/look", params={"token": token}).json() == token.upper(), "a result")  # type: ignore[misc]
+            wait_until(
+                lambda token=token: client.get("/look", params={"token": token}).json() == token.upper(), "a result"
+            )  # type: ignore[misc]
         told = client.get("/tell").json()
         assert sorted(told) == [*["job SUCCEEDED"] * 4, *["plain SUCCEEDED"] * 3]

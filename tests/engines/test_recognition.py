@@ -25,8 +25,8 @@ from django.tasks.signals import task_enqueued
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, engines
 from asgi_deferred._engines import recognise, registered
 from asgi_deferred.testing import inline, record
+from tests.support import Log, request, responder, states
 
-from ..support import Log, request, responder, states
 from .django_settings import django_job
 
 pytestmark = pytest.mark.anyio
@@ -135,7 +135,13 @@ async def test_taskiq_task_and_kicker() -> None:
         lambda tasks: tasks.add_task(taskiq_job, 1, b=2),
         lambda tasks: tasks.add_task(taskiq_job.kicker().with_task_id("ours"), 3),
     )
-    assert log == [*AFTER, "jobs.taskiq RUNNING", "jobs.taskiq SUCCEEDED", "jobs.taskiq RUNNING", "jobs.taskiq SUCCEEDED"]
+    assert log == [
+        *AFTER,
+        "jobs.taskiq RUNNING",
+        "jobs.taskiq SUCCEEDED",
+        "jobs.taskiq RUNNING",
+        "jobs.taskiq SUCCEEDED",
+    ]
     assert [(m.task_name, m.args, m.kwargs) for m in taskiq_broker.kept] == [
         ("jobs.taskiq", [1], {"b": 2}),
         ("jobs.taskiq", [3], {}),
@@ -157,7 +163,13 @@ async def test_celery_task_and_signature() -> None:
         )
         first, second = queue.get(timeout=5), queue.get(timeout=5)
         queue.close()
-    assert log == [*AFTER, "jobs.celery RUNNING", "jobs.celery SUCCEEDED", "jobs.celery RUNNING", "jobs.celery SUCCEEDED"]
+    assert log == [
+        *AFTER,
+        "jobs.celery RUNNING",
+        "jobs.celery SUCCEEDED",
+        "jobs.celery RUNNING",
+        "jobs.celery SUCCEEDED",
+    ]
     assert (first.payload[:2], second.payload[:2]) == ([[1], {"b": 2}], [[3], {"b": 4}])
     assert second.headers["id"] == "ours"
     assert ran == []
@@ -177,9 +189,7 @@ async def test_dramatiq_actor() -> None:
 async def test_huey_task() -> None:
     """G1: calling a huey task is what enqueues it, and that happens after the response."""
     memory_huey.flush()
-    log = await serve(
-        lambda tasks: tasks.add_task(huey_job, 1, b=2), lambda tasks: [memory_huey.pending()].index([])
-    )
+    log = await serve(lambda tasks: tasks.add_task(huey_job, 1, b=2), lambda tasks: [memory_huey.pending()].index([]))
     assert log == [*AFTER, "huey_job RUNNING", "huey_job SUCCEEDED"]
     (task,) = memory_huey.pending()
     assert task.data == ((1,), {"b": 2})

@@ -83,7 +83,12 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
 
 
-routes = [Route("/submit", submit, methods=["POST"]), Route("/stuck", stuck, methods=["POST"]), Route("/look", look), Route("/tell", tell)]
+routes = [
+    Route("/submit", submit, methods=["POST"]),
+    Route("/stuck", stuck, methods=["POST"]),
+    Route("/look", look),
+    Route("/tell", tell),
+]
 runner = Runner(
     observers=[note, keep_abandoned],
     enqueue_timeout=float(os.environ.get("ENQUEUE_TIMEOUT", "5")),

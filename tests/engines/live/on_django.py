@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from urllib.parse import urlsplit
 
 from .common import BROKER
@@ -11,7 +10,7 @@ _url = urlsplit(BROKER)
 
 INSTALLED_APPS = ["django_tasks_db"]
 USE_TZ = True
-SECRET_KEY = "live"  # noqa: S105
+SECRET_KEY = "live"
 TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
 DATABASES = {
     "default": {

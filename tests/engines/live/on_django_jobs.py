@@ -6,10 +6,10 @@ import django
 
 django.setup()
 
-from django.tasks import task  # noqa: E402
-from django_tasks_db.models import DBTaskResult  # noqa: E402
+from django.tasks import task
+from django_tasks_db.models import DBTaskResult
 
-from .common import nothing_to_open, save  # noqa: E402
+from .common import nothing_to_open, save
 
 
 @task
