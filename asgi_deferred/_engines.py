@@ -15,7 +15,29 @@ from functools import partial
 from inspect import Parameter, iscoroutinefunction, signature, unwrap
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeAlias
+
+P = ParamSpec("P")
+
+
+class _Enqueued(Protocol[P]):
+    def __defer_enqueue__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+class _Django(Protocol[P]):
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+class _TaskiqKicker(Protocol[P]):
+    def kiq(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+class _ProcrastinateDeferrer(Protocol[P]):
+    def defer_async(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+# For type checkers: what is an engine's task without being callable.
+EngineTask: TypeAlias = _Enqueued[P] | _Django[P] | _TaskiqKicker[P] | _ProcrastinateDeferrer[P]
 
 
 def _itself(task: Any) -> Any:

@@ -15,7 +15,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from ._completion import WHEN, Outcome, When
-from ._engines import Engine, recognise
+from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
 
 if TYPE_CHECKING:
@@ -213,11 +213,11 @@ class DeferredTasks:
         self._session: Session | None = None
         self._strand: Strand | None = None
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
 
-        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or what
-        `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
+        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or
+        what `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
 
         It sees the context variables of this line. Arguments that do not fit the function are found when
         it runs; the log then names this line.
@@ -278,7 +278,7 @@ class DeferredTasks:
 
     def _add(
         self,
-        func: Callable[..., Any],
+        func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: Options,
@@ -315,7 +315,7 @@ class TaskAdder:
         self._tasks = tasks
         self._options = options
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """As `DeferredTasks.add_task`, with the options."""
         return self._tasks._add(func, args, kwargs, self._options, sys._getframe(1))
 
@@ -340,7 +340,7 @@ def current_tasks() -> DeferredTasks:
     return tasks
 
 
-def defer(func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+def defer(func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
     """Add a task to the current request's list: `current_tasks().add_task(func, *args, **kwargs)`.
 
     Raises:
@@ -388,7 +388,7 @@ def is_async(func: Any) -> bool:
     if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
         return True
     func = unwrap_partial(func)
-    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))
+    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
 
 
 def _not_callable(func: object) -> TypeError:

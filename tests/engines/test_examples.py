@@ -88,7 +88,7 @@ def test_arq(name: str) -> None:
         assert await serve(OnArq(report_arq), 1) == STORED_FIRST
         assert done == []
         worker = Worker(
-            [func(report_arq, name="report_arq")],  # type: ignore[arg-type]
+            [func(report_arq, name="report_arq")],
             queue_name=name,
             redis_pool=OnArq.pool,
             burst=True,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock, Mock
 
 import anyio
@@ -59,16 +59,16 @@ taskiq_broker = Kept()
 taskiq_job = taskiq_broker.task(task_name="jobs.taskiq")(async_job)
 
 celery_app = celery.Celery("jobs", broker="memory://")
-celery_job = celery_app.task(name="jobs.celery")(job)
+celery_job: Any = celery_app.task(name="jobs.celery")(job)
 
-celery_async_job = celery_app.task(name="jobs.never")(async_job)
+celery_async_job: Any = celery_app.task(name="jobs.never")(async_job)
 
 dramatiq_broker = dramatiq.brokers.stub.StubBroker(middleware=[])
 dramatiq_job = dramatiq.actor(actor_name="dramatiq_job", broker=dramatiq_broker)(job)
 dramatiq_async_job = dramatiq.actor(actor_name="dramatiq_async_job", broker=dramatiq_broker)(async_job)
 
 memory_huey = huey.MemoryHuey("jobs")
-huey_job = memory_huey.task(name="huey_job")(job)
+huey_job: Any = memory_huey.task(name="huey_job")(job)
 
 connector = procrastinate.testing.InMemoryConnector()
 procrastinate_app = procrastinate.App(connector=connector)
@@ -92,12 +92,12 @@ class Own:
     def __call__(self, *args: Any) -> None:
         ran.append(args)
 
-    def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> None:
+    def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.append((args, kwargs))
 
 
 class OwnAsync(Own):
-    async def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    async def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> None:
         await anyio.lowlevel.checkpoint()
         self.kept.append((args, kwargs))
 
@@ -204,8 +204,8 @@ async def test_procrastinate_task_gets_its_arguments_by_name() -> None:
         log = await serve(
             lambda tasks: tasks.add_task(procrastinate_job, 1, b=2),
             lambda tasks: tasks.add_task(procrastinate_job, 3, 4),
-            lambda tasks: tasks.add_task(with_context, 5),
-            lambda tasks: tasks.add_task(procrastinate_job.configure(queue="other"), a=6),  # type: ignore[arg-type]
+            lambda tasks: tasks.options().add_task(cast("Any", with_context), 5),
+            lambda tasks: tasks.add_task(procrastinate_job.configure(queue="other"), a=6),
         )
     assert [line for line in log if "FAILED" in line] == []
     assert [(job["task_name"], job["queue_name"], job["args"]) for job in connector.jobs.values()] == [
@@ -223,9 +223,9 @@ async def test_procrastinate_arguments_that_have_no_name(caplog: pytest.LogCaptu
     connector.reset()
     async with procrastinate_app.open_async():
         log = await serve(
-            lambda tasks: tasks.add_task(procrastinate_job, 1, 2, 3),  # type: ignore[call-arg]
-            lambda tasks: tasks.add_task(procrastinate_job, 1, a=2),
-            lambda tasks: tasks.add_task(procrastinate_job.configure(queue="other"), 3),  # type: ignore[arg-type]
+            lambda tasks: tasks.add_task(procrastinate_job, 1, 2, 3),  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue]
+            lambda tasks: tasks.add_task(procrastinate_job, 1, a=2),  # pyright: ignore[reportCallIssue]
+            lambda tasks: tasks.add_task(procrastinate_job.configure(queue="other"), 3),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         )
     assert [line for line in log[3:] if "RUNNING" not in line] == ["jobs.procrastinate FAILED"] * 3
     assert [record.levelname for record in caplog.records if record.name == "asgi_deferred"] == ["ERROR"] * 3
@@ -372,7 +372,7 @@ async def test_inline_runs_engine_tasks_here() -> None:
                 Own(),
             ]
         ):
-            adder.add_task(each, number)  # type: ignore[arg-type]
+            adder.add_task(each, number)
 
     with inline(raise_errors=True):
         await request(DeferredMiddleware(responder(add)), log)
@@ -387,7 +387,7 @@ async def test_inline_cannot_find_a_configured_procrastinate_task() -> None:
 
     def add(tasks: DeferredTasks) -> None:
         with pytest.raises(LookupError, match="InMemoryConnector"):
-            tasks.add_task(procrastinate_job.configure())  # type: ignore[arg-type]
+            tasks.add_task(procrastinate_job.configure())
 
     with inline():
         await request(DeferredMiddleware(responder(add)), Log())

@@ -4,12 +4,12 @@ from typing import Any
 
 import django
 
-django.setup()
+django.setup()  # before what imports models
 
-from django.tasks import task
-from django_tasks_db.models import DBTaskResult
+from django.tasks import task  # noqa: E402
+from django_tasks_db.models import DBTaskResult  # noqa: E402
 
-from .common import nothing_to_open, save
+from .common import nothing_to_open, save  # noqa: E402
 
 
 @task
