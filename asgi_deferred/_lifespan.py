@@ -6,23 +6,19 @@
    application, or from here if that ends without: as Django does, which raises, or an app that returns.
 3. An exception before the application has received anything means that it has no lifespan. Any other passes
    through: at once before startup completed, and after the drain if it comes later.
-4. A server may cancel this call once it has the last message, as hypercorn does. The application has returned by then
-   and would not notice, and neither do we: what is left here is to leave a task group whose tasks have ended.
 
 ASGI: Lifespan Protocol, sections "Scope" to "Shutdown Complete".
 """
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from logging import getLogger
 from typing import Any
 
-from anyio import get_cancelled_exc_class
-
 from ._runner import Runner
-from ._scheduler import torn_down
 from ._tasks import KEY
 
 logger = getLogger("asgi_deferred")
@@ -50,31 +46,29 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         if f"lifespan.{phase}.complete" not in sent and f"lifespan.{phase}.failed" not in sent:
             await send_and_note({"type": f"lifespan.{phase}.complete"})
 
-    over = False
-
-    def forgive(_kind: object, exc: BaseException | None, _traceback: object) -> bool:
-        return over and isinstance(exc, get_cancelled_exc_class()) and not torn_down()
-
-    async with AsyncExitStack() as stack:
-        stack.push(forgive)
-        try:
-            tasks = await stack.enter_async_context(runner._run())
-        except RuntimeError as exc:
-            await receive()
-            await send({"type": "lifespan.startup.failed", "message": str(exc)})
-            return
-        try:
-            await app({**scope, KEY: tasks}, receive_and_drain, send_and_note)
-        except Exception as exc:
-            if not received:
-                logger.debug("The application has no lifespan: %r", exc)
-            elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
-                logger.exception("The application's lifespan ended early; tasks still run")
-                await receive_and_drain()
-                raise
-            else:
-                raise
-        if "lifespan.startup.failed" not in sent:
-            await complete("startup")
-            await complete("shutdown")
-        over = sent[-1].startswith("lifespan.shutdown.")
+    try:
+        async with AsyncExitStack() as stack:
+            try:
+                tasks = await stack.enter_async_context(runner._run())
+            except RuntimeError as exc:
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": str(exc)})
+                return
+            try:
+                await app({**scope, KEY: tasks}, receive_and_drain, send_and_note)
+            except Exception as exc:
+                if not received:
+                    logger.debug("The application has no lifespan: %r", exc)
+                elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
+                    logger.exception("The application's lifespan ended early; tasks still run")
+                    await receive_and_drain()
+                    raise
+                else:
+                    raise
+            if "lifespan.startup.failed" not in sent:
+                await complete("startup")
+                await complete("shutdown")
+    except CancelledError:
+        # Hypercorn cancels a lifespan that has said its last word and takes another step, and dies of the cancellation.
+        if "lifespan.shutdown.complete" not in sent:
+            raise

@@ -13,8 +13,6 @@ from collections.abc import Awaitable
 from types import NoneType
 from typing import Any, Protocol
 
-from anyio import get_cancelled_exc_class
-
 from ._completion import is_final
 from ._durable import UNAVAILABLE, Barrier
 from ._exceptions import EnqueueFailed
@@ -80,7 +78,6 @@ class DeferredMiddleware:
                 tasks._complete = True
                 if tasks._tasks:
                     self.runner._register(tasks)
-                    return _send_final(tasks, send, message)
             return send(message)
 
         token = current.set(tasks)
@@ -89,8 +86,7 @@ class DeferredMiddleware:
                 receive = _noting(tasks, receive)
             await self.app({**scope, KEY: tasks}, receive, note_and_send)
         except BaseException as exc:
-            if not (tasks._handing_over and isinstance(exc, get_cancelled_exc_class())):
-                tasks._error = exc
+            tasks._error = exc
             if not (isinstance(exc, EnqueueFailed) and tasks._start is UNAVAILABLE):
                 raise
         finally:
@@ -99,12 +95,6 @@ class DeferredMiddleware:
             if tasks._tasks:  # looked at last: another thread may have added one just now
                 tasks._request = request_line(scope)
                 await self.runner._end(tasks)
-
-
-async def _send_final(tasks: DeferredTasks, send: Any, message: Any) -> None:
-    tasks._handing_over = True
-    await send(message)
-    tasks._handing_over = False
 
 
 def _noting(tasks: DeferredTasks, receive: Any) -> Any:

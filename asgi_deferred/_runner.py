@@ -11,16 +11,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from functools import partial
 from inspect import isasyncgen, isasyncgenfunction, isawaitable, isgenerator, isgeneratorfunction
 from logging import getLogger
 from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
+from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
 
 from ._completion import Outcome, When, lets_through
@@ -31,6 +39,7 @@ from ._tasks import (
     DeferredTasks,
     TaskEvent,
     TaskState,
+    check_count,
     check_positive,
     check_when,
     current,
@@ -44,6 +53,8 @@ if TYPE_CHECKING:
 logger = getLogger("asgi_deferred")
 
 PENDING, RUNNING = TaskState.PENDING, TaskState.RUNNING
+
+Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
 
 
 class Statistics(NamedTuple):
@@ -86,7 +97,8 @@ class Runner:
             server without lifespan. Keep it below the time after which your supervisor kills the process.
         observers: Called with a `TaskEvent`, in the task's context, when a task starts and when it ends.
         around: Called with the `DeferredTask`, in its context, to make the context manager that is entered
-            around the call, in the thread that makes it.
+            around the call, in the thread that makes it. An async one is entered around what is awaited, on the
+            event loop: an async function, or what a sync one returned. One that is both is entered as either.
 
     Raises:
         ValueError, TypeError: An argument is out of its range or not of its type.
@@ -105,11 +117,11 @@ class Runner:
         enqueue_timeout: float = 5.0,
         drain_timeout: float = 20.0,
         observers: Sequence[Callable[[TaskEvent], object]] = (),
-        around: Sequence[Callable[[DeferredTask], AbstractContextManager[object]]] = (),
+        around: Sequence[Around] = (),
     ) -> None:
-        check_positive("max_concurrency", max_concurrency)
-        check_positive("max_threads", max_threads)
-        check_positive("max_pending", max_pending)
+        check_count("max_concurrency", max_concurrency)
+        check_count("max_threads", max_threads)
+        check_count("max_pending", max_pending)
         check_positive("enqueue_timeout", enqueue_timeout)
         check_positive("drain_timeout", drain_timeout)
         if timeout is not None:
@@ -127,7 +139,7 @@ class Runner:
         self.enqueue_timeout = enqueue_timeout
         self.drain_timeout = drain_timeout
         self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
-        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
+        self.around: tuple[Around, ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0
@@ -206,29 +218,46 @@ class Runner:
 
     async def _end(self, tasks: DeferredTasks) -> None:
         """Run what the request deferred: in the background, or without a lifespan here and now."""
-        cancelled = isinstance(tasks._error, get_cancelled_exc_class())
-        session = tasks._session or self._live
-        if session is not None and session.open and session.thread == get_ident():
-            session.hand_over(tasks)
-            if self._unfinished > self.max_pending and not cancelled:
-                await self._until(self.max_pending)
+        session = self._home(tasks)
+        if session is None:
+            await self._run_here(tasks)
             return
-        if session is not None:  # of another thread's event loop
-            session.unregister(tasks)
-        await self._run_here(tasks, cancelled=cancelled)
+        session.hand_over(tasks)
+        if self._unfinished > self.max_pending and not isinstance(tasks._error, get_cancelled_exc_class()):
+            await self._until(self.max_pending)
 
-    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
-        session = Session(self._scheduler(), shield=True)
+    def _home(self, tasks: DeferredTasks) -> Session | None:
+        """Return the live session, if there is one on this event loop."""
+        session = tasks._session or self._live
+        return session if session is not None and session.open and session.thread == get_ident() else None
+
+    async def _run_here(self, tasks: DeferredTasks) -> None:
+        if tasks._session is not None:
+            tasks._session.unregister(tasks)
+        scheduler = self._scheduler()
+        session = Session(scheduler, shield=True)
         session.draining.set()
-        async with create_task_group() as group:
-            group.start_soon(session.keep, tasks)
-            try:
-                if cancelled:
-                    session.scope.deadline = current_time() + self.drain_timeout
-                await session.ended.wait()
-            except BaseException:
-                session.scope.deadline = current_time() + self.drain_timeout
-                raise
+
+        def limit() -> None:
+            session.scope.deadline = current_time() + self.drain_timeout
+            scheduler.cancelled_calls.add(session)
+
+        try:
+            async with create_task_group() as group:
+                group.start_soon(session.keep, tasks)
+                try:
+                    if isinstance(tasks._error, get_cancelled_exc_class()):
+                        limit()
+                    await session.ended.wait()
+                except BaseException:
+                    limit()
+                    raise
+        finally:
+            if session in scheduler.cancelled_calls:
+                scheduler.cancelled_calls.remove(session)
+                with CancelScope(shield=True):  # daphne exits as soon as the first of the calls it cancelled has ended
+                    for other in tuple(scheduler.cancelled_calls):
+                        await other.ended.wait()
 
     # The account
 
@@ -420,7 +449,7 @@ class Runner:
 
     async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
-            with self._entered(task) if self.around and awaitable is None else _NOTHING:
+            async with self._entered_async(task, called=awaitable is not None) if self.around else _NOTHING:
                 call: Any = task._call(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
                     await call
@@ -471,7 +500,20 @@ class Runner:
     def _entered(self, task: DeferredTask) -> Iterator[None]:
         with ExitStack() as stack:
             for around in self.around:
-                stack.enter_context(around(task))
+                manager = around(task)
+                if isinstance(manager, AbstractContextManager):
+                    stack.enter_context(manager)
+            yield
+
+    @asynccontextmanager
+    async def _entered_async(self, task: DeferredTask, *, called: bool) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for around in self.around:
+                manager = around(task)
+                if isinstance(manager, AbstractAsyncContextManager):
+                    await stack.enter_async_context(manager)
+                elif not called:
+                    stack.enter_context(manager)
             yield
 
 
@@ -488,12 +530,13 @@ def _check_durable(tasks: DeferredTasks, task: DeferredTask) -> None:
         )
 
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_NOTHING: nullcontext[None] = nullcontext()
 
 
 def describe(task: DeferredTask) -> str:
     """Name a task for the log, on one line whatever the request's path holds, and without its arguments."""
-    return f"deferred task {task.name!a}, added at {task.added_at}, request {task._tasks._request!a}"
+    request = f", request {task._tasks._request!a}" if task._tasks._request else ""
+    return f"deferred task {task.name!a}, added at {task.added_at}{request}"
 
 
 def request_line(scope: Mapping[str, Any]) -> str:

@@ -126,6 +126,7 @@ class Scheduler:
         self.soon = soon_here()
         self.slots = runner.max_concurrency
         self.threads = runner.max_threads
+        self.cancelled_calls: set[Session] = set()
         self.waiting: deque[Strand] = deque()
         self.parked: deque[Strand] = deque()  # came before those waiting; a thread is all they lack
         self.enqueueing = Semaphore(runner.max_threads)
@@ -347,14 +348,17 @@ class Session:
         try:
             with self.scope:
                 async with create_task_group() as self.group:
-                    task_status.started()
-                    if tasks is not None:
-                        self.hand_over(tasks)
-                    await self.draining.wait()
-                    while not self._close_if_idle():
-                        await self._settled.wait()
-                        self._settled = Event()
-                    self.group.cancel_scope.cancel()
+                    try:
+                        task_status.started()
+                        if tasks is not None:
+                            self.hand_over(tasks)
+                        await self.draining.wait()
+                        while not self._close_if_idle():
+                            await self._settled.wait()
+                            self._settled = Event()
+                    finally:
+                        self.cancelled = True  # no strand starts in a group that is about to close
+                        self.group.cancel_scope.cancel()
         finally:
             self._sweep()
             self.ended.set()

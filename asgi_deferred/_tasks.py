@@ -83,6 +83,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be more than 0; leave it out for the default")
 
 
+def check_count(name: str, value: int) -> None:
+    check_positive(name, value)
+    if value != inf and value != int(value):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+
+
 class DeferredTask:
     """One deferred call. `add_task` makes it; it is not made by hand.
 
@@ -185,7 +191,6 @@ class DeferredTasks:
         "_durable",
         "_ended",
         "_error",
-        "_handing_over",
         "_keys",
         "_outcome",
         "_request",
@@ -206,7 +211,6 @@ class DeferredTasks:
         self._start: Any = None
         self._complete = False
         self._error: BaseException | None = None
-        self._handing_over = False
         self._outcome: Outcome | None = None
         self._request = ""
         self._keys: dict[Hashable, DeferredTask] | None = None
@@ -395,10 +399,10 @@ def _not_callable(func: object) -> TypeError:
     if iscoroutine(func):
         func.close()  # or Python warns about it a second time, far from here
         return TypeError(
-            f"add_task() got the coroutine {func.__qualname__}(...), which is a call that was made already. "
+            f"Got the coroutine {func.__qualname__}(...), which is a call that was made already. "
             "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."
         )
     return TypeError(
-        f"add_task() got {type(func).__name__!r}, which cannot be called. "
+        f"Got {type(func).__name__!r}, which cannot be called. "
         "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."
     )

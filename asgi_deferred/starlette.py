@@ -67,14 +67,16 @@ def _move_background(tasks: DeferredTasks, response: Any, endpoint: Any) -> Any:
 
 def _adopt_background(tasks: DeferredTasks, background: Any, endpoint: Any) -> bool:
     """Add background tasks to the list as if the endpoint had; return whether there were any."""
-    code: CodeType | None = getattr(unwrap(unwrap_partial(endpoint)), "__code__", None)
-    adder = tasks.options(when="complete")
     calls = list(_calls(background))
+    if not calls:
+        return False
+    adder = tasks.options(when="complete")
+    code: CodeType | None = getattr(unwrap(unwrap_partial(endpoint)), "__code__", None)
     for func, args, kwargs in calls:
         task = adder.add_task(func, *args, **kwargs)
         if code is not None:
             task._code, task._line = code, code.co_firstlineno
-    return bool(calls)
+    return True
 
 
 def _calls(background: Any) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:

@@ -25,15 +25,13 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from anyio import get_cancelled_exc_class
-
 from ._engines import recognise
 from ._runner import Runner
 from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
 
 __all__ = ["inline", "record"]
 
-_accept, _finish = Runner._accept, Runner._finish
+_accept, _finish, _end = Runner._accept, Runner._finish, Runner._end
 
 
 @contextmanager
@@ -103,12 +101,10 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
         return finished
 
     async def end(runner: Runner, tasks: DeferredTasks) -> None:
-        if tasks._session is not None:
-            tasks._session.unregister(tasks)
-        await runner._run_here(tasks, cancelled=isinstance(tasks._error, get_cancelled_exc_class()))
+        await _end(runner, tasks)
         error = errors.pop(tasks, None)
-        if error is not None and raise_errors and tasks._error is None and not tasks._handing_over:
+        if error is not None and raise_errors and tasks._error is None:
             raise error
 
-    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end):
+    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end, _home=lambda *_: None):
         yield

@@ -169,7 +169,7 @@ def make_litestar(log: Log, runner: Runner) -> Any:
         await socket.send_text("hello")
         await socket.close()
 
-    app = litestar.Litestar([async_endpoint, sync_endpoint, error, websocket], openapi_config=None)
+    app = litestar.Litestar([async_endpoint, sync_endpoint, error, websocket], openapi_config=None, logging_config=None)
     return DeferredMiddleware(app, runner)
 
 

@@ -293,7 +293,9 @@ async def test_inline_lets_a_cancellation_win(finish_deferred: None) -> None:
             scope.cancel()
         await anyio.lowlevel.checkpoint()
 
-    app = DeferredMiddleware(responder(lambda tasks: failed.append(tasks.add_task(fail, "task"))))
+    app = DeferredMiddleware(
+        responder(lambda tasks: failed.append(tasks.options(when="always").add_task(fail, "task")))
+    )
     with anyio.CancelScope() as scope:
         await app(http_scope(), no_more_messages, send)
     assert scope.cancelled_caught
@@ -311,7 +313,9 @@ async def test_inline_lets_a_native_cancellation_win(finish_deferred: None) -> N
             host.cancel()
         await asyncio.sleep(0)
 
-    app = DeferredMiddleware(responder(lambda tasks: failed.append(tasks.add_task(fail, "task"))))
+    app = DeferredMiddleware(
+        responder(lambda tasks: failed.append(tasks.options(when="always").add_task(fail, "task")))
+    )
     host = asyncio.ensure_future(app(http_scope(), no_more_messages, send))
     await asyncio.wait([host])
     assert host.cancelled()
