@@ -161,6 +161,11 @@ class DeferredTask:
         self.timeout = None if timeout == inf else timeout
         if engine.name is not None:
             self._name = self._name or engine.name(self.func)
+        if self.durable and engine.keeps is not None and engine.keeps(self.func):
+            raise TypeError(
+                f"durable=True stores a job with an engine, and the backend of {self.name!a} keeps it in this process. "
+                "Give the task a backend that stores, or leave durable out."
+            )
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from .common import BROKER
 
 _url = urlsplit(BROKER)
 
-INSTALLED_APPS = ["django_tasks_db"]
+INSTALLED_APPS = ["django_tasks", "django_tasks_db"]
 USE_TZ = True
 SECRET_KEY = "live"
 TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
