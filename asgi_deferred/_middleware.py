@@ -1,7 +1,8 @@
 """The middleware: a guard, a closure and a forward.
 
 1. The list is in the scope, a copy, and is the current one before the application is called.
-2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one is noted before it is forwarded.
+2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one
+   is noted before it is forwarded.
 3. A request is registered from its first task on, as a server may shut down before its call has ended.
 4. Tasks are handed over after the application's call has ended, however it ended.
 """

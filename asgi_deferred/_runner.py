@@ -520,13 +520,13 @@ class Runner:
 def _check_durable(tasks: DeferredTasks, task: DeferredTask) -> None:
     if task._call is task.func:
         raise TypeError(
-            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run in this process. "
+            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run here. "
             "Make it a task of an engine, or leave durable out."
         )
     if tasks._type != "http" or tasks._complete or tasks._ended:
         raise DeferredError(
-            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is no "
-            "HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
+            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is "
+            "no HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
         )
 
 
