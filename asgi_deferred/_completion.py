@@ -29,8 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
-
+from typing import Any, Literal, TypeAlias
 
 _LIKE_BODY = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
 
@@ -86,4 +85,4 @@ def lets_through(when: When, outcome: Outcome) -> bool:
         return not outcome.success
     if when == "complete":
         return outcome.complete
-    return bool(cast("Callable[[Outcome], bool]", when)(outcome))
+    return bool(when(outcome))

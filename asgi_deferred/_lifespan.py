@@ -58,7 +58,7 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
             if not received:
                 logger.debug("The application has no lifespan: %r", exc)
             elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
-                logger.error("The application's lifespan ended early; tasks still run", exc_info=exc)
+                logger.exception("The application's lifespan ended early; tasks still run")
                 await receive_and_drain()
                 raise
             else:

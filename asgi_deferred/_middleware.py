@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from types import NoneType
 from typing import Any, Protocol
 
 from anyio import get_cancelled_exc_class
@@ -32,16 +33,24 @@ class DeferredMiddleware:
     message of the response was handed to the server and the application's call has ended: in the background,
     until the server's lifespan ends; without a lifespan, before the middleware's own call returns.
 
-    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and passes through.
+    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and
+    passes through.
 
     Args:
         app: The application.
         runner: Limits, defaults and observers; a `Runner()` of its own if left out.
+
+    Raises:
+        TypeError: `app` is not callable, or `runner` is not a `Runner`.
     """
 
     def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
+        if not callable(app):
+            raise TypeError(f"DeferredMiddleware() wraps an ASGI application, not {type(app).__name__!r}")
+        if not isinstance(runner, (Runner, NoneType)):
+            raise TypeError(f"runner={runner!r} is not a Runner: DeferredMiddleware(app, runner=Runner(...))")
         self.app = app
-        self.runner = runner if runner is not None else Runner()
+        self.runner: Runner = runner or Runner()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
@@ -53,9 +62,10 @@ class DeferredMiddleware:
             return
         tasks = DeferredTasks(self.runner, kind)
 
-        def note_and_send(message: Any) -> Awaitable[None]:
-            if message["type"] == "http.response.start":
-                tasks._start = message
+        def note_and_send(message: Any) -> Any:
+            if "status" in message:
+                if not tasks._complete:
+                    tasks._start = message
             elif is_final(tasks._start, message):
                 tasks._complete = True
                 if tasks._tasks:
@@ -74,11 +84,10 @@ class DeferredMiddleware:
             raise
         finally:
             current.reset(token)
-            if tasks._tasks:
+            tasks._ended = not tasks._tasks
+            if tasks._tasks:  # looked at last: another thread may have added one just now
                 tasks._request = request_line(scope)
                 await self.runner._end(tasks)
-            else:
-                tasks._ended = True
 
 
 async def _send_final(tasks: DeferredTasks, send: Any, message: Any) -> None:
@@ -92,6 +101,8 @@ def _noting(tasks: DeferredTasks, receive: Any) -> Any:
         message = await receive()
         if is_final(None, message):
             tasks._complete = True
+            if tasks._tasks:
+                tasks._runner._register(tasks)
         return message
 
     return receive_and_note

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
-from anyio.lowlevel import RunVar
+from anyio.lowlevel import RunVar, checkpoint
 
 from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, RunnerClosed
@@ -120,8 +121,8 @@ class Runner:
         self.when: When = when
         self.timeout = timeout
         self.drain_timeout = drain_timeout
-        self.observers = tuple(observers)
-        self.around = tuple(around)
+        self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
+        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0
@@ -135,8 +136,9 @@ class Runner:
     # Started and drained
 
     async def __aenter__(self) -> Self:
-        self._block = self._run()
-        await self._block.__aenter__()
+        block = self._run()
+        await block.__aenter__()
+        self._block = block
         return self
 
     async def __aexit__(
@@ -188,32 +190,29 @@ class Runner:
             self._schedulers.set(scheduler)
             return scheduler
 
-    def _session(self) -> Session | None:
-        """Return the live session, if there is one on this thread's event loop."""
-        session = self._live
-        return session if session is not None and session.open and session.thread == get_ident() else None
-
     # A request ends
 
     def _register(self, tasks: DeferredTasks) -> None:
-        """Let a drain wait for a request whose final message is about to go out."""
-        session = self._session()
-        if session is not None:
+        """Let a drain wait for a request that has tasks, and is past its response but not yet returned."""
+        session = self._live
+        if session is not None and session.open:
             session.registered.add(tasks)
             tasks._session = session
 
     async def _end(self, tasks: DeferredTasks) -> None:
         """Run what the request deferred: in the background, or without a lifespan here and now."""
         cancelled = isinstance(tasks._error, get_cancelled_exc_class())
-        session = tasks._session or self._session()
-        if session is None or not session.open:
-            await self._run_here(tasks, cancelled)
-        else:
+        session = tasks._session or self._live
+        if session is not None and session.open and session.thread == get_ident():
             session.hand_over(tasks)
             if self._unfinished > self.max_pending and not cancelled:
                 await self._until(self.max_pending)
+            return
+        if session is not None:  # of another thread's event loop
+            session.unregister(tasks)
+        await self._run_here(tasks, cancelled=cancelled)
 
-    async def _run_here(self, tasks: DeferredTasks, cancelled: bool) -> None:
+    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
         session = Session(self._scheduler(), shield=True)
         session.draining.set()
         async with create_task_group() as group:
@@ -257,7 +256,7 @@ class Runner:
             with self._lock:
                 if self._unfinished <= limit:
                     return
-                self._waiters.setdefault(limit, []).append(lambda event=event: soon(event.set))
+                self._waiters.setdefault(limit, []).append(partial(soon, event.set))
             await event.wait()
 
     def _accept(self, tasks: DeferredTasks, task: DeferredTask) -> None:
@@ -268,10 +267,12 @@ class Runner:
                     f"{task.name!a} was not accepted: max_pending={self.max_pending} tasks are unfinished, and the "
                     "runner has overflow='reject'. Answer 503, or raise max_pending."
                 )
-            if tasks._ended:
+            tasks._tasks.append(task)
+            if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
+                tasks._tasks.pop()
                 self._accept_late(tasks, task)
-            else:
-                tasks._tasks.append(task)
+            elif tasks._complete:
+                self._register(tasks)
             self._accepted += 1
             self._unfinished += 1
             if task.key is not None:
@@ -384,20 +385,21 @@ class Runner:
     async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
             with self._entered(task) if self.around and awaitable is None else _NOTHING:
-                if awaitable is None:
-                    awaitable = task.func(*task.args, **task.kwargs)
+                call: Any = task.func(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
-                    await awaitable
+                    await call
                 else:
                     with move_on_after(timeout) as scope:
-                        await awaitable
+                        await call
                     if scope.cancelled_caught:
                         raise _TimeUp(f"timeout={task.timeout} s is over")
         except BaseException as exc:
             if torn_down():
                 self._finish(task, TaskState.ABANDONED, exc)
-                raise
-            if isinstance(exc, _TimeUp):
+                if isinstance(exc, GeneratorExit) or isinstance(exc, get_cancelled_exc_class()):
+                    raise
+                await checkpoint()  # the cancellation that the task's own error hid
+            elif isinstance(exc, _TimeUp):
                 self._finish(task, TaskState.TIMED_OUT, exc)
             elif isinstance(exc, get_cancelled_exc_class()):
                 self._finish(task, TaskState.CANCELLED, exc)
@@ -408,6 +410,8 @@ class Runner:
 
     def _run_sync(self, task: DeferredTask) -> Awaitable[Any] | None:
         """Run a sync task, in its context and a thread; return what is to be awaited before it has ended."""
+        if sniffio := sys.modules.get("sniffio"):  # as anyio's own threads do: there is no event loop here
+            sniffio.current_async_library_cvar.set(None)
         if not self._begin(task):
             return None
         try:

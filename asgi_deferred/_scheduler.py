@@ -79,7 +79,8 @@ def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[A
             value = yield trap
             step = coro.send
         except GeneratorExit as exc:  # the event loop is gone
-            context.run(suppress(BaseException)(coro.throw), exc)
+            with suppress(BaseException):
+                context.run(coro.throw, exc)
             raise
         except BaseException as exc:
             step, value = coro.throw, exc
@@ -162,6 +163,15 @@ class Scheduler:
             else:
                 self.waiting.append(strand)
 
+    def put_back(self, strand: Strand) -> None:
+        """Undo a claim whose task was not begun."""
+        task = strand.current
+        assert task is not None
+        if not task._async:
+            self.threads += 1
+        strand.queue.appendleft(task)
+        self.release(strand)
+
     def thread_done(self, hop: Hop) -> None:
         self.threads += 1
         hop.done.set()
@@ -235,7 +245,10 @@ class Worker:
                 finally:
                     scheduler.release(strand)
                 if host is not None and host.cancelling():
-                    break  # the user's code cancelled this very task: the next must not pay for it
+                    # The user's code cancelled this very task. The next one must not pay for it, nor the group.
+                    with suppress(get_cancelled_exc_class()):
+                        await checkpoint()
+                    break
                 if scheduler.waiting:
                     await checkpoint()
                 session.idle.append(self)
@@ -252,8 +265,10 @@ class Worker:
             session.cancelled = True
             raise
         finally:
+            if self in session.idle:
+                session.idle.remove(self)
             if self.strand is not None:
-                scheduler.release(self.strand)
+                scheduler.put_back(self.strand)
             scheduler.pump()
 
 
@@ -325,6 +340,11 @@ class Session:
             self.strands.update(strands)
         self.scheduler.push(*strands)
 
+    def unregister(self, tasks: DeferredTasks) -> None:
+        """Let go of a request that runs its tasks elsewhere, from any thread."""
+        self.registered.discard(tasks)
+        self.scheduler.soon(self.settle)
+
     def add_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
         """Queue a task of a list that was handed over before. Under the runner's lock, from any thread."""
         strand = tasks._strand
@@ -360,7 +380,7 @@ class Session:
 
     async def run_unit(self, strand: Strand) -> None:
         task = strand.current
-        assert task is not None
+        assert task is not None  # noqa: S101
         if task._async:
             await in_context(task._context, self.runner._run_async(task))
             return

@@ -124,15 +124,15 @@ class DeferredTask:
     ) -> None:
         runner = tasks._runner
         self._tasks = tasks
-        self.func = func
-        self.args = args
-        self.kwargs = kwargs
+        self.func: Callable[..., Any] = func
+        self.args: tuple[Any, ...] = args
+        self.kwargs: dict[str, Any] = kwargs
         self.when: When = options.when or runner.when
         timeout = options.timeout or runner.timeout
         self.timeout: float | None = None if timeout == inf else timeout
-        self.key = options.key
+        self.key: Hashable = options.key
         self._name = options.name
-        self.state = TaskState.PENDING
+        self.state: TaskState = TaskState.PENDING
         self.error: BaseException | None = None
         self._async = is_async(func)
         self._code: CodeType = frame.f_code
@@ -357,7 +357,7 @@ def is_async(func: Any) -> bool:
     if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
         return True
     func = unwrap_partial(func)
-    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))
+    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
 
 
 def _not_callable(func: object) -> TypeError:

@@ -15,13 +15,13 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _eager_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    loop.set_task_factory(asyncio.eager_task_factory)
-    return loop
-
-
 if sys.version_info >= (3, 12):
+
+    def _eager_loop() -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        loop.set_task_factory(asyncio.eager_task_factory)
+        return loop
+
     BACKENDS["eager"] = ("asyncio", {"loop_factory": _eager_loop})
 
 

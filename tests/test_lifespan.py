@@ -1,0 +1,246 @@
+"""The lifespan: each message exactly once, for applications that have one and for those that do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_deferred import DeferredMiddleware, Runner, defer, tasks_from
+
+from .support import Log, lifespan, request, responder
+
+pytestmark = pytest.mark.anyio
+
+
+async def drive(app: Any) -> list[str]:
+    """Be a server that asks for startup and, once that is complete, for shutdown; return all that happened."""
+    log = Log()
+    started = anyio.Event()
+    left = ["lifespan.startup", "lifespan.shutdown"]
+
+    async def receive() -> Any:
+        if len(left) == 1:
+            await started.wait()
+        log.append(f"-> {left[0]}")
+        return {"type": left.pop(0)}
+
+    async def send(message: Any) -> None:
+        log.append(f"<- {message['type']}" + (f": {message['message']}" if "message" in message else ""))
+        if message["type"] == "lifespan.startup.complete":
+            started.set()
+
+    try:
+        await app({"type": "lifespan", "state": {}}, receive, send)
+    except Exception as exc:
+        log.append(f"raised {exc!r}")
+    return log
+
+
+def app_that(*steps: str) -> Callable[..., Any]:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for step in steps:
+            if step == "receive":
+                await receive()
+            elif step.startswith("raise"):
+                raise ValueError(step)
+            else:
+                await send({"type": f"lifespan.{step}"})
+
+    return app
+
+
+STARTUP, SHUTDOWN = "-> lifespan.startup", "-> lifespan.shutdown"
+STARTED, STOPPED = "<- lifespan.startup.complete", "<- lifespan.shutdown.complete"
+
+
+@pytest.mark.parametrize(
+    ("steps", "transcript"),
+    [
+        (
+            ["receive", "startup.complete", "receive", "shutdown.complete"],
+            [STARTUP, STARTED, SHUTDOWN, STOPPED],
+        ),
+        (["raise at once"], [STARTUP, STARTED, SHUTDOWN, STOPPED]),
+        ([], [STARTUP, STARTED, SHUTDOWN, STOPPED]),
+        (["receive"], [STARTUP, STARTED, SHUTDOWN, STOPPED]),
+        (["receive", "startup.complete"], [STARTUP, STARTED, SHUTDOWN, STOPPED]),
+        (["receive", "startup.complete", "receive"], [STARTUP, STARTED, SHUTDOWN, STOPPED]),
+        (["receive", "startup.failed"], [STARTUP, "<- lifespan.startup.failed"]),
+        (
+            ["receive", "startup.failed", "raise in startup"],
+            [STARTUP, "<- lifespan.startup.failed", "raised ValueError('raise in startup')"],
+        ),
+        (["receive", "raise in startup"], [STARTUP, "raised ValueError('raise in startup')"]),
+        (
+            ["receive", "startup.complete", "raise while serving"],
+            [STARTUP, STARTED, SHUTDOWN, "raised ValueError('raise while serving')"],
+        ),
+        (
+            ["receive", "startup.complete", "receive", "raise in shutdown"],
+            [STARTUP, STARTED, SHUTDOWN, "raised ValueError('raise in shutdown')"],
+        ),
+        (
+            ["receive", "startup.complete", "receive", "shutdown.failed", "raise in shutdown"],
+            [STARTUP, STARTED, SHUTDOWN, "<- lifespan.shutdown.failed", "raised ValueError('raise in shutdown')"],
+        ),
+        (
+            ["receive", "startup.complete", "receive", "shutdown.failed"],
+            [STARTUP, STARTED, SHUTDOWN, "<- lifespan.shutdown.failed"],
+        ),
+    ],
+    ids=lambda value: "-".join(value) or "return" if value and "->" not in value[0] else "",
+)
+async def test_each_message_once(steps: list[str], transcript: list[str]) -> None:
+    """G10: each lifespan message is sent exactly once, whatever the application does; several lifespans in a row too."""
+    wrapped = DeferredMiddleware(app_that(*steps))
+    for _ in range(2):
+        assert await drive(wrapped) == transcript
+
+
+async def test_an_early_end_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception out of a lifespan that was serving is logged when it happens, not only raised at shutdown."""
+    await drive(DeferredMiddleware(app_that("receive", "startup.complete", "raise while serving")))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "asgi_deferred"] == [
+        ("ERROR", "The application's lifespan ended early; tasks still run")
+    ]
+
+
+async def test_drains_before_the_app_sees_the_shutdown() -> None:
+    """G8: what the application opened at startup is still open while the last tasks run."""
+    log, go = Log(), anyio.Event()
+
+    async def task() -> None:
+        await go.wait()
+        log.append("task")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await responder(lambda tasks: tasks.add_task(task))(scope, receive, send)
+            return
+        await receive()
+        log.append("pool opened")
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        log.append("pool closed")
+        await send({"type": "lifespan.shutdown.complete"})
+
+    wrapped = DeferredMiddleware(app)
+
+    async def let_go() -> None:
+        await anyio.wait_all_tasks_blocked()
+        log.append("go")
+        go.set()
+
+    async with anyio.create_task_group() as group:
+        async with lifespan(wrapped, log):
+            await request(wrapped, log)
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(let_go)
+    assert log == [
+        "pool opened",
+        "lifespan.startup.complete",
+        "http.response.start",
+        "http.response.body",
+        "returned",
+        "go",
+        "task",
+        "pool closed",
+        "lifespan.shutdown.complete",
+    ]
+
+
+async def test_the_lifespan_itself_can_defer() -> None:
+    """The lifespan's scope has a list too: what is added at startup runs at once, until the drain."""
+    log = Log()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        tasks_from(scope).add_task(log.note, "from the scope")
+        defer(log.note, "from the context")
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        with pytest.raises(Exception, match="its runner is closed"):
+            defer(log.note, "too late")
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async with lifespan(DeferredMiddleware(app)):
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(log) == ["from the context", "from the scope"]
+
+
+async def test_a_runner_has_one_lifespan_at_a_time() -> None:
+    """A runner shared by two live lifespans fails the second startup with the remedy; the first goes on."""
+    log, runner = Log(), Runner()
+    first = DeferredMiddleware(responder(lambda tasks: tasks.add_task(log.note, "task")), runner)
+    second = DeferredMiddleware(responder(), runner)
+    async with lifespan(first):
+        (asked, answer) = await drive(second)
+        assert asked == STARTUP
+        assert answer.startswith("<- lifespan.startup.failed: This Runner runs already: it was given to two")
+        with pytest.raises(RuntimeError, match="Give each DeferredMiddleware a Runner of its own"):
+            async with runner:
+                pytest.fail("it ran twice")
+        await request(first, log)
+        await runner.wait_idle()
+    assert log == ["http.response.start", "http.response.body", "returned", "task"]
+    assert await drive(second) == [STARTUP, STARTED, SHUTDOWN, STOPPED]
+
+
+async def test_a_nested_middleware_leaves_the_lifespan_alone() -> None:
+    """Two middlewares with the same runner, one in the other, start it once."""
+    runner = Runner()
+    log = await drive(DeferredMiddleware(DeferredMiddleware(app_that(), runner), runner))
+    assert log == [STARTUP, STARTED, SHUTDOWN, STOPPED]
+
+
+async def test_a_cancelled_lifespan_abandons_its_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    """G2: a server that cancels the lifespan gets its cancellation through, and each task left ends ABANDONED."""
+    log = Log()
+    wrapped = DeferredMiddleware(
+        responder(lambda tasks: [tasks.options(name=name).add_task(anyio.sleep_forever) for name in ("a", "b")]),
+        runner=Runner(observers=[log]),
+    )
+    with anyio.CancelScope() as scope:
+        async with lifespan(wrapped):
+            await request(wrapped, log)
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+    assert log == [
+        "http.response.start",
+        "http.response.body",
+        "returned",
+        "a RUNNING",
+        "a ABANDONED",
+        "b ABANDONED",
+    ]
+    assert wrapped.runner.statistics() == (2, 0, 0, 0, 0, 0, 0, 0, 2)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
+
+
+async def test_outside_asgi() -> None:
+    """`async with runner:` lets `defer` work without a request: tasks run at once, and the end of the block drains."""
+    log, go, runner = Log(), anyio.Event(), Runner()
+
+    async def task(name: str) -> None:
+        log.append(name)
+        await go.wait()
+        log.append(f"{name} done")
+
+    with pytest.raises(ZeroDivisionError):
+        async with runner as entered:
+            assert entered is runner
+            defer(task, "a")
+            defer(task, "b")
+            await anyio.wait_all_tasks_blocked()
+            log.append("block")
+            go.set()
+            _ = 1 / 0
+    assert sorted(log[:2]) == ["a", "b"]
+    assert log[2] == "block"
+    assert sorted(log[3:]) == ["a done", "b done"]

@@ -1,0 +1,174 @@
+"""The surface as a list, what each name says of itself, and which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from enum import Enum
+from importlib import import_module, metadata
+from inspect import isclass, isfunction, ismodule, signature
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import asgi_deferred
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = Path(asgi_deferred.__file__).parent
+ROOT = Path(__file__).parent.parent
+NEIGHBOURS = [module.name for module in iter_modules([str(PACKAGE)]) if not module.name.startswith("_")]
+PUBLIC_MODULES = ["asgi_deferred", *(f"asgi_deferred.{name}" for name in NEIGHBOURS)]
+PUBLIC_NAMES = [(module, name) for module in PUBLIC_MODULES for name in import_module(module).__all__]
+
+# Imports run one way: a module of the core imports from those before it.
+CORE = [
+    "_exceptions",
+    "_completion",
+    "_threads",
+    "_tasks",
+    "_scheduler",
+    "_runner",
+    "_lifespan",
+    "_middleware",
+]
+# What a neighbour's import may load of the below.
+LOADS = {
+    "asgi_deferred.django": {"django", "sqlparse"},
+    "asgi_deferred.fastapi": {"fastapi", "pydantic", "starlette"},
+    "asgi_deferred.starlette": {"starlette"},
+}
+FRAMEWORKS = {
+    "celery",
+    "django",
+    "dramatiq",
+    "fastapi",
+    "httpx",
+    "huey",
+    "litestar",
+    "procrastinate",
+    "pydantic",
+    "pytest",
+    "quart",
+    "redis",
+    "sqlparse",
+    "starlette",
+    "streaq",
+    "taskiq",
+    "trio",
+    "uvicorn",
+    "uvloop",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_all_is_sorted_and_complete(module: str) -> None:
+    """Each public module has a docstring, and a sorted `__all__` of all that it defines, or as the package shows."""
+    namespace = vars(import_module(module))
+    public = {name: value for name, value in namespace.items() if not name.startswith("_") and not ismodule(value)}
+    if module != "asgi_deferred":
+        public = {name: value for name, value in public.items() if getattr(value, "__module__", None) == module}
+    assert namespace["__doc__"]
+    assert namespace["__all__"] == sorted(set(namespace["__all__"]))
+    assert public.keys() <= set(namespace["__all__"])
+
+
+def members(value: Any) -> Iterator[tuple[str, Any]]:
+    """The public methods and attributes of a class of ours."""
+    if isclass(value) and not issubclass(value, Enum):
+        yield from ((name, member) for name, member in vars(value).items() if not name.startswith("_"))
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC_NAMES)
+def test_every_name_is_ours_and_documented(module: str, name: str) -> None:
+    """Each public name has a docstring, which also names each attribute and parameter that has none of its own."""
+    value = getattr(import_module(module), name)
+    text = value.__doc__ or ""
+    assert value.__module__.partition(".")[0] == "asgi_deferred"
+    assert text
+    undocumented = [
+        member_name
+        for member_name, member in members(value)
+        if not getattr(member, "__doc__", None) and (isfunction(member) or not re.search(rf"\b{member_name}\b", text))
+    ]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("function", [asgi_deferred.Runner, asgi_deferred.DeferredTasks.options])
+def test_every_option_is_documented(function: Any) -> None:
+    """Each option of the runner and of `options()` has an entry in the docstring."""
+    parameters = set(signature(function).parameters) - {"self"}
+    assert parameters == set(re.findall(r"^ +(\w+): ", function.__doc__, re.MULTILINE)) & parameters
+
+
+def test_exceptions_are_one_family() -> None:
+    """Each exception is a DeferredError and no other's base, and says when it is raised."""
+    names = [name for module, name in PUBLIC_NAMES if module == "asgi_deferred" and name != "DeferredError"]
+    values = [getattr(asgi_deferred, name) for name in names]
+    exceptions = [value for value in values if isclass(value) and issubclass(value, BaseException)]
+    assert asgi_deferred.DeferredError.__bases__ == (Exception,)
+    assert {value.__bases__ for value in exceptions} == {(asgi_deferred.DeferredError,)}
+    assert [value for value in exceptions if not (value.__doc__ or "").startswith("Raised ")] == []
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_importing_loads_no_framework(module: str) -> None:
+    """The package loads no framework or engine, and a neighbour's module none but its own."""
+    program = f"import {module}, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    top_level = {name.partition(".")[0] for name in loaded.split()}
+    assert "asgi_deferred" in top_level
+    assert top_level & FRAMEWORKS - LOADS.get(module, set()) == set()
+
+
+def imports(module: str) -> set[str]:
+    """The modules that a module of the package imports when it runs, those of the package with a leading dot."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+            continue
+        pending += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(("." if node.level else "") + (node.module or "").partition(".")[0])
+    return found
+
+
+def test_the_core_is_listed() -> None:
+    """Each module of the core has its place in the order of imports."""
+    private = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__"}
+    assert private == set(CORE)
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_imports_run_one_way(module: str) -> None:
+    """A module of the core imports those before it, the standard library, anyio and asgiref, and nothing else."""
+    before = {f".{name}" for name in CORE[: CORE.index(module)]}
+    assert imports(module) <= before | sys.stdlib_module_names | {"anyio", "asgiref"}
+
+
+def test_the_package_is_typed() -> None:
+    """Type checkers are told to read the package's own annotations."""
+    assert (PACKAGE / "py.typed").read_bytes() == b""
+
+
+def test_metadata() -> None:
+    """The installed version is the project's and the changelog's, and only anyio and asgiref come with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert metadata.version("asgi-deferred") == project["version"]
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == project["version"]
+    required = [line for line in metadata.requires("asgi-deferred") or [] if "extra ==" not in line]
+    assert sorted(re.split(r"[^\w-]", line)[0] for line in required) == ["anyio", "asgiref"]
+    assert metadata.metadata("asgi-deferred")["License-Expression"] == "MIT"
