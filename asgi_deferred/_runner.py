@@ -201,7 +201,7 @@ class Runner:
 
     async def _end(self, tasks: DeferredTasks) -> None:
         """Run what the request deferred: in the background, or without a lifespan here and now."""
-        cancelled = isinstance(tasks._error, get_cancelled_exc_class())
+        cancelled = tasks._error is not None and isinstance(tasks._error, get_cancelled_exc_class())
         session = tasks._session or self._live
         if session is not None and session.open and session.thread == get_ident():
             session.hand_over(tasks)
@@ -292,8 +292,6 @@ class Runner:
                 f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
                 "Add tasks before the response ends, or run the application with a lifespan."
             )
-        if session is tasks._session and tasks._strand is not None and tasks._strand.active:
-            tasks._tasks.append(task)
         session.add_late(tasks, task)
 
     def _is_concurrent(self, tasks: DeferredTasks) -> bool:
@@ -374,15 +372,12 @@ class Runner:
 
     # One task runs
 
-    async def _run_async(self, task: DeferredTask) -> None:
-        if self._begin(task):
-            await self._complete(task, task.timeout, None)
-
-    async def _run_awaitable(self, task: DeferredTask, awaitable: Awaitable[Any], left: float | None) -> None:
-        """Await what a sync function returned; it began in a thread."""
-        await self._complete(task, left, awaitable)
-
-    async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
+    async def _run_async(
+        self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None = None
+    ) -> None:
+        """Run an async task; or await what a sync function returned, which began in a thread."""
+        if awaitable is None and not self._begin(task):
+            return
         try:
             with self._entered(task) if self.around and awaitable is None else _NOTHING:
                 call: Any = task.func(*task.args, **task.kwargs) if awaitable is None else awaitable

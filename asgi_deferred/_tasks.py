@@ -11,7 +11,7 @@ from functools import partial
 from inspect import CO_COROUTINE, iscoroutine, iscoroutinefunction
 from math import inf
 from time import perf_counter
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from ._completion import WHEN, Outcome, When
@@ -37,6 +37,8 @@ class TaskState(Enum):
     SKIPPED = "skipped"
     CANCELLED = "cancelled"
     ABANDONED = "abandoned"
+
+    __hash__ = object.__hash__  # by identity, as they compare; Enum's own is Python code, and tasks are counted by state
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,8 +330,8 @@ def tasks_from(source: Any) -> DeferredTasks:
         MiddlewareMissing: The scope has no list, as the application is not wrapped.
         TypeError: `source` is neither a scope nor has one.
     """
-    scope = source if isinstance(source, Mapping) and "type" in source else getattr(source, "scope", None)
-    if not isinstance(scope, Mapping):
+    scope = getattr(source, "scope", source)
+    if not isinstance(scope, (dict, Mapping)):
         raise TypeError(f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}")
     tasks = scope.get(KEY)
     if not isinstance(tasks, DeferredTasks):
@@ -354,7 +356,8 @@ def name_of(func: Any) -> str:
 
 def is_async(func: Any) -> bool:
     """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
-    if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
+    inner = func.__func__ if type(func) is MethodType else func
+    if type(inner) is FunctionType and inner.__code__.co_flags & CO_COROUTINE:
         return True
     func = unwrap_partial(func)
     return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
