@@ -54,12 +54,13 @@ class DeferredMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
-        if kind == "lifespan" and KEY not in scope:
-            await run_lifespan(self.app, self.runner, scope, receive, send)
-            return
-        if kind not in ("http", "websocket") or (KEY in scope and not scope[KEY]._ended):
-            await self.app(scope, receive, send)
-            return
+        if KEY in scope or kind not in ("http", "websocket"):
+            if kind == "lifespan" and KEY not in scope:
+                await run_lifespan(self.app, self.runner, scope, receive, send)
+                return
+            if kind not in ("http", "websocket") or not scope[KEY]._ended:
+                await self.app(scope, receive, send)
+                return
         tasks = DeferredTasks(self.runner, kind)
 
         def note_and_send(message: Any) -> Any:
@@ -73,11 +74,13 @@ class DeferredMiddleware:
                     return _send_final(tasks, send, message)
             return send(message)
 
+        scope = scope.copy()
+        scope[KEY] = tasks
         token = current.set(tasks)
         try:
             if kind == "websocket":
                 receive = _noting(tasks, receive)
-            await self.app({**scope, KEY: tasks}, receive, note_and_send)
+            await self.app(scope, receive, note_and_send)
         except BaseException as exc:
             if not (tasks._handing_over and isinstance(exc, get_cancelled_exc_class())):
                 tasks._error = exc

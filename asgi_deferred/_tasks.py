@@ -188,8 +188,8 @@ class DeferredTasks:
         self._type = kind
         self._tasks: list[DeferredTask] = []
         self._ended = False
-        self._start: Any = None
         self._complete = False
+        self._start: Any = None
         self._error: BaseException | None = None
         self._handing_over = False
         self._outcome: Outcome | None = None
