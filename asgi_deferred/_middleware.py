@@ -67,7 +67,9 @@ class DeferredMiddleware:
             if "status" in message:
                 if not tasks._complete:
                     tasks._start = message
-            elif is_final(tasks._start, message):
+            elif (
+                message["type"] == "http.response.body" and "more_body" not in message and "trailers" not in tasks._start
+            ) or is_final(tasks._start, message):
                 tasks._complete = True
                 if tasks._tasks:
                     self.runner._register(tasks)

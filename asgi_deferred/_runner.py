@@ -300,7 +300,7 @@ class Runner:
     def _begin(self, task: DeferredTask) -> bool:
         """Claim a task that is about to run, in its context; return whether it shall."""
         try:
-            wanted = lets_through(task.when, cast("Outcome", task._tasks.outcome))
+            wanted = lets_through(task.when, task._tasks.outcome)
         except BaseException as exc:
             self._finish(task, TaskState.FAILED, exc)
             return False

@@ -251,7 +251,7 @@ class Worker:
         self.summons = Semaphore(0)
 
     async def run(self) -> None:
-        session, scheduler = self.session, self.session.scheduler
+        session, scheduler, runner = self.session, self.session.scheduler, self.session.runner
         try:
             host = asyncio.current_task()
         except RuntimeError:  # trio
@@ -262,8 +262,13 @@ class Worker:
                 units = 0
                 while session.ready:
                     strand = session.ready.popleft()
+                    task: Any = strand.current
                     try:
-                        await session.run_unit(strand, self)
+                        if task._async:
+                            run = runner._run_async(task, task.timeout)
+                            await in_context(task._context, run, self.before_waiting)
+                        else:
+                            await session.run_in_thread(strand, self)
                     finally:
                         scheduler.release(strand)
                     if host is not None and host.cancelling():
@@ -416,12 +421,9 @@ class Session:
             # In the session's context: a worker outlives the request that happened to need it.
             self._context.run(self.group.start_soon, self.attendant.run)
 
-    async def run_unit(self, strand: Strand, worker: Worker) -> None:
+    async def run_in_thread(self, strand: Strand, worker: Worker) -> None:
         task = strand.current
         assert task is not None  # noqa: S101
-        if task._async:
-            await in_context(task._context, self.runner._run_async(task, task.timeout), worker.before_waiting)
-            return
         hop = Hop(strand, task)
         started = current_time()
         self.runner._threads.start(hop.run, partial(self.scheduler.soon, self.scheduler.thread_done, hop))

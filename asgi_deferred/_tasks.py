@@ -25,6 +25,8 @@ P = ParamSpec("P")
 
 KEY = "asgi_deferred"
 
+_NOT_STARTED: dict[str, Any] = {}
+
 
 class TaskState(Enum):
     """The states of a task: PENDING, RUNNING, then exactly one of the others."""
@@ -189,7 +191,7 @@ class DeferredTasks:
         self._tasks: list[DeferredTask] = []
         self._ended = False
         self._complete = False
-        self._start: Any = None
+        self._start: Any = _NOT_STARTED
         self._error: BaseException | None = None
         self._handing_over = False
         self._outcome: Outcome | None = None
@@ -247,7 +249,7 @@ class DeferredTasks:
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
         if self._outcome is None and self._ended:
-            status = None if self._start is None else self._start["status"]
+            status = self._start.get("status")
             complete = self._complete or (self._type == "websocket" and self._error is None)
             self._outcome = Outcome(self._type, status, complete, self._error)
         return self._outcome
