@@ -18,8 +18,8 @@ How a request ended
 6. A response is complete once its final message was handed to the server; that the server then
    raised from `send`, because the client had gone, does not undo it.
 7. A websocket is also complete when the application returned: the server closes it then.
-8. A cancellation that comes out of `send` while it takes the final message belongs to the server, and is no
-   error. Any other exception out of the application is the outcome's error, cancellation included.
+8. Any exception out of the application is the outcome's error, cancellation included, also one that came out of
+   `send` while it took the final message: what the application does after that line, a commit, was not done.
 
 ASGI: HTTP & WebSocket spec, sections "Response Body", "Close"; extensions "http.response.trailers",
 "http.response.pathsend", "http.response.zerocopysend", "websocket.http.response".

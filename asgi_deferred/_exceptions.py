@@ -22,3 +22,12 @@ class RunnerClosed(DeferredError):
     That is: after the request's list has ended *and* its runner has drained, or its call has returned
     on a server without a lifespan. The task was not accepted.
     """
+
+
+class EnqueueFailed(DeferredError):
+    """Raised out of the application's `send` when an engine did not take a durable task.
+
+    Before the response started the client has got a 503 instead of it, and this exception ends at the middleware;
+    let it pass, and what is open around the response, such as a transaction, rolls back. In the middle of a
+    response it goes on to the server, which breaks the response off. `__cause__` is the engine's error.
+    """

@@ -12,6 +12,7 @@ ASGI: Lifespan Protocol, sections "Scope" to "Shutdown Complete".
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from logging import getLogger
@@ -45,24 +46,29 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         if f"lifespan.{phase}.complete" not in sent and f"lifespan.{phase}.failed" not in sent:
             await send_and_note({"type": f"lifespan.{phase}.complete"})
 
-    async with AsyncExitStack() as stack:
-        try:
-            tasks = await stack.enter_async_context(runner._run())
-        except RuntimeError as exc:
-            await receive()
-            await send({"type": "lifespan.startup.failed", "message": str(exc)})
-            return
-        try:
-            await app({**scope, KEY: tasks}, receive_and_drain, send_and_note)
-        except Exception as exc:
-            if not received:
-                logger.debug("The application has no lifespan: %r", exc)
-            elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
-                logger.exception("The application's lifespan ended early; tasks still run")
-                await receive_and_drain()
-                raise
-            else:
-                raise
-        if "lifespan.startup.failed" not in sent:
-            await complete("startup")
-            await complete("shutdown")
+    try:
+        async with AsyncExitStack() as stack:
+            try:
+                tasks = await stack.enter_async_context(runner._run())
+            except RuntimeError as exc:
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": str(exc)})
+                return
+            try:
+                await app({**scope, KEY: tasks}, receive_and_drain, send_and_note)
+            except Exception as exc:
+                if not received:
+                    logger.debug("The application has no lifespan: %r", exc)
+                elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
+                    logger.exception("The application's lifespan ended early; tasks still run")
+                    await receive_and_drain()
+                    raise
+                else:
+                    raise
+            if "lifespan.startup.failed" not in sent:
+                await complete("startup")
+                await complete("shutdown")
+    except CancelledError:
+        # Hypercorn cancels a lifespan that has said its last word and takes another step, and dies of the cancellation.
+        if "lifespan.shutdown.complete" not in sent:
+            raise

@@ -1,7 +1,7 @@
 """The middleware: a guard, a closure and a forward.
 
 1. The list is in the scope, a copy, and is the current one before the application is called.
-2. Nothing of the user's runs inside `send`. Whether a message was the final one is noted before it is forwarded.
+2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one is noted before it is forwarded.
 3. A request with tasks is registered before its final message goes out, as a server may shut down right after.
 4. Tasks are handed over after the application's call has ended, however it ended.
 """
@@ -12,9 +12,9 @@ from collections.abc import Awaitable
 from types import NoneType
 from typing import Any, Protocol
 
-from anyio import get_cancelled_exc_class
-
 from ._completion import is_final
+from ._durable import UNAVAILABLE, Barrier
+from ._exceptions import EnqueueFailed
 from ._lifespan import run_lifespan
 from ._runner import Runner, request_line
 from ._tasks import KEY, DeferredTasks, current
@@ -64,16 +64,22 @@ class DeferredMiddleware:
         tasks = DeferredTasks(self.runner, kind)
 
         def note_and_send(message: Any) -> Any:
+            nonlocal send
             if "status" in message:
+                if tasks._durable:
+                    send = Barrier.on(send, tasks, note_and_send)
+                    return send.hold(message)
                 if not tasks._complete:
                     tasks._start = message
             elif (
                 message["type"] == "http.response.body" and "more_body" not in message and "trailers" not in tasks._start
             ) or is_final(tasks._start, message):
+                if tasks._durable:
+                    send = Barrier.on(send, tasks, note_and_send)
+                    return send.hold(message)
                 tasks._complete = True
                 if tasks._tasks:
                     self.runner._register(tasks)
-                    return _send_final(tasks, send, message)
             return send(message)
 
         scope = scope.copy()
@@ -84,21 +90,15 @@ class DeferredMiddleware:
                 receive = _noting(tasks, receive)
             await self.app(scope, receive, note_and_send)
         except BaseException as exc:
-            if not (tasks._handing_over and isinstance(exc, get_cancelled_exc_class())):
-                tasks._error = exc
-            raise
+            tasks._error = exc
+            if not (isinstance(exc, EnqueueFailed) and tasks._start is UNAVAILABLE):
+                raise
         finally:
             current.reset(token)
             tasks._ended = not tasks._tasks
             if tasks._tasks:  # looked at last: another thread may have added one just now
                 tasks._request = request_line(scope)
                 await self.runner._end(tasks)
-
-
-async def _send_final(tasks: DeferredTasks, send: Any, message: Any) -> None:
-    tasks._handing_over = True
-    await send(message)
-    tasks._handing_over = False
 
 
 def _noting(tasks: DeferredTasks, receive: Any) -> Any:

@@ -11,26 +11,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from functools import partial
 from inspect import isasyncgen, isasyncgenfunction, isawaitable, isgenerator, isgeneratorfunction
 from logging import getLogger
 from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from anyio import Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
-from anyio.lowlevel import RunVar, checkpoint
+from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
+from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
 
 from ._completion import Outcome, When, lets_through
-from ._exceptions import BacklogFull, RunnerClosed
+from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, RunnerClosed
 from ._scheduler import Scheduler, Session, soon_here, torn_down
 from ._tasks import (
     DeferredTask,
     DeferredTasks,
     TaskEvent,
     TaskState,
+    check_count,
     check_positive,
     check_when,
     current,
@@ -44,6 +53,8 @@ if TYPE_CHECKING:
 logger = getLogger("asgi_deferred")
 
 PENDING, RUNNING = TaskState.PENDING, TaskState.RUNNING
+
+Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
 
 
 class Statistics(NamedTuple):
@@ -80,11 +91,14 @@ class Runner:
         concurrent: Let the tasks of one list run concurrently, not one at a time in the order added.
         when: The default of the `when` option.
         timeout: The default of the `timeout` option, in seconds; `None` for none.
+        enqueue_timeout: The same for engines' tasks, where it is the time to enqueue one. A client waits that long
+            for its 503 when the engine of a durable task hangs.
         drain_timeout: Seconds that tasks have to end at shutdown, and after the cancellation of a call on a
             server without lifespan. Keep it below the time after which your supervisor kills the process.
         observers: Called with a `TaskEvent`, in the task's context, when a task starts and when it ends.
         around: Called with the `DeferredTask`, in its context, to make the context manager that is entered
-            around the call, in the thread that makes it.
+            around the call, in the thread that makes it. An async one is entered around what is awaited, on the
+            event loop: an async function, or what a sync one returned. One that is both is entered as either.
 
     Raises:
         ValueError, TypeError: An argument is out of its range or not of its type.
@@ -100,13 +114,15 @@ class Runner:
         concurrent: bool = False,
         when: When = "success",
         timeout: float | None = None,
+        enqueue_timeout: float = 5.0,
         drain_timeout: float = 20.0,
         observers: Sequence[Callable[[TaskEvent], object]] = (),
-        around: Sequence[Callable[[DeferredTask], AbstractContextManager[object]]] = (),
+        around: Sequence[Around] = (),
     ) -> None:
-        check_positive("max_concurrency", max_concurrency)
-        check_positive("max_threads", max_threads)
-        check_positive("max_pending", max_pending)
+        check_count("max_concurrency", max_concurrency)
+        check_count("max_threads", max_threads)
+        check_count("max_pending", max_pending)
+        check_positive("enqueue_timeout", enqueue_timeout)
         check_positive("drain_timeout", drain_timeout)
         if timeout is not None:
             check_positive("timeout", timeout)
@@ -120,9 +136,10 @@ class Runner:
         self.concurrent = concurrent
         self.when: When = when
         self.timeout = timeout
+        self.enqueue_timeout = enqueue_timeout
         self.drain_timeout = drain_timeout
         self.observers: tuple[Callable[[TaskEvent], object], ...] = tuple(observers)
-        self.around: tuple[Callable[[DeferredTask], AbstractContextManager[object]], ...] = tuple(around)
+        self.around: tuple[Around, ...] = tuple(around)
         self._lock = Lock()
         self._threads = Threads()
         self._accepted = 0
@@ -201,29 +218,46 @@ class Runner:
 
     async def _end(self, tasks: DeferredTasks) -> None:
         """Run what the request deferred: in the background, or without a lifespan here and now."""
-        cancelled = tasks._error is not None and isinstance(tasks._error, get_cancelled_exc_class())
-        session = tasks._session or self._live
-        if session is not None and session.open and session.thread == get_ident():
-            session.hand_over(tasks)
-            if self._unfinished > self.max_pending and not cancelled:
-                await self._until(self.max_pending)
+        session = self._home(tasks)
+        if session is None:
+            await self._run_here(tasks)
             return
-        if session is not None:  # of another thread's event loop
-            session.unregister(tasks)
-        await self._run_here(tasks, cancelled=cancelled)
+        session.hand_over(tasks)
+        if self._unfinished > self.max_pending and not isinstance(tasks._error, get_cancelled_exc_class()):
+            await self._until(self.max_pending)
 
-    async def _run_here(self, tasks: DeferredTasks, *, cancelled: bool) -> None:
-        session = Session(self._scheduler(), shield=True)
+    def _home(self, tasks: DeferredTasks) -> Session | None:
+        """Return the live session, if there is one on this event loop."""
+        session = tasks._session or self._live
+        return session if session is not None and session.open and session.thread == get_ident() else None
+
+    async def _run_here(self, tasks: DeferredTasks) -> None:
+        if tasks._session is not None:
+            tasks._session.unregister(tasks)
+        scheduler = self._scheduler()
+        session = Session(scheduler, shield=True)
         session.draining.set()
-        async with create_task_group() as group:
-            group.start_soon(session.keep, tasks)
-            try:
-                if cancelled:
-                    session.scope.deadline = current_time() + self.drain_timeout
-                await session.ended.wait()
-            except BaseException:
-                session.scope.deadline = current_time() + self.drain_timeout
-                raise
+
+        def limit() -> None:
+            session.scope.deadline = current_time() + self.drain_timeout
+            scheduler.cancelled_calls.add(session)
+
+        try:
+            async with create_task_group() as group:
+                group.start_soon(session.keep, tasks)
+                try:
+                    if isinstance(tasks._error, get_cancelled_exc_class()):
+                        limit()
+                    await session.ended.wait()
+                except BaseException:
+                    limit()
+                    raise
+        finally:
+            if session in scheduler.cancelled_calls:
+                scheduler.cancelled_calls.remove(session)
+                with CancelScope(shield=True):  # daphne exits as soon as the first of the calls it cancelled has ended
+                    for other in tuple(scheduler.cancelled_calls):
+                        await other.ended.wait()
 
     # The account
 
@@ -267,6 +301,9 @@ class Runner:
                     f"{task.name!a} was not accepted: max_pending={self.max_pending} tasks are unfinished, and the "
                     "runner has overflow='reject'. Answer 503, or raise max_pending."
                 )
+            if task.durable:
+                _check_durable(tasks, task)
+                tasks._durable = True
             tasks._tasks.append(task)
             if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
                 tasks._tasks.pop()
@@ -292,7 +329,35 @@ class Runner:
                 f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
                 "Add tasks before the response ends, or run the application with a lifespan."
             )
+        strand = tasks._strand
+        if session is tasks._session and strand is not None and strand.active and strand.queue is not tasks._tasks:
+            tasks._tasks.append(task)
         session.add_late(tasks, task)
+
+    async def _enqueue_durable(self, tasks: DeferredTasks, expected: Outcome) -> None:
+        """Give a response's durable tasks to their engines, in order, up to the first refusal.
+
+        The enqueue itself is not cancelled with the request: whether the engine has the job would be unknown then.
+        """
+        scheduler = self._scheduler()
+        for task in tasks:
+            if not task.durable or task.state is not PENDING:
+                continue
+            try:
+                wanted = task._context.copy().run(lets_through, task.when, expected)
+            except BaseException as exc:
+                self._finish_outside(task, TaskState.FAILED, exc)
+            else:
+                if not wanted:
+                    continue
+                async with create_task_group() as group:
+                    group.start_soon(scheduler.enqueue_shielded, task)
+                await checkpoint_if_cancelled()  # trio's nursery leaves that to the next checkpoint
+            if task.error is not None:
+                raise EnqueueFailed(
+                    f"{task.name!a} was not enqueued ({task.state.name}), so the response was not sent: its engine "
+                    "refused it or did not answer in time. Is the broker up?"
+                ) from task.error
 
     def _is_concurrent(self, tasks: DeferredTasks) -> bool:
         return self.concurrent or tasks._type == "lifespan"
@@ -300,7 +365,8 @@ class Runner:
     def _begin(self, task: DeferredTask) -> bool:
         """Claim a task that is about to run, in its context; return whether it shall."""
         try:
-            wanted = lets_through(task.when, task._tasks.outcome)
+            outcome = task._tasks.outcome
+            wanted = outcome is None or lets_through(task.when, outcome)  # None: the barrier has decided
         except BaseException as exc:
             self._finish(task, TaskState.FAILED, exc)
             return False
@@ -362,6 +428,8 @@ class Runner:
             logger.error("Failed: %s", describe(task), exc_info=error)
         elif task.state is TaskState.TIMED_OUT:
             still = "" if task._async else "; it is a sync function, so its thread still runs"
+            if task._call is not task.func:
+                still = "; whether its engine has it is unknown"
             logger.error("Timed out after %s s: %s%s", task.timeout, describe(task), still)
         elif task.state is TaskState.ABANDONED:
             logger.error("Abandoned at shutdown: %s", describe(task), exc_info=error)
@@ -372,15 +440,18 @@ class Runner:
 
     # One task runs
 
-    async def _run_async(
-        self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None = None
-    ) -> None:
-        """Run an async task; or await what a sync function returned, which began in a thread."""
-        if awaitable is None and not self._begin(task):
-            return
+    async def _run_async(self, task: DeferredTask) -> None:
+        if self._begin(task):
+            await self._complete(task, task.timeout, None)
+
+    async def _run_awaitable(self, task: DeferredTask, awaitable: Awaitable[Any], left: float | None) -> None:
+        """Await what a sync function returned; it began in a thread."""
+        await self._complete(task, left, awaitable)
+
+    async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
         try:
-            with self._entered(task) if self.around and awaitable is None else _NOTHING:
-                call: Any = task.func(*task.args, **task.kwargs) if awaitable is None else awaitable
+            async with self._entered_async(task, called=awaitable is not None) if self.around else _NOTHING:
+                call: Any = task._call(*task.args, **task.kwargs) if awaitable is None else awaitable
                 if timeout is None:
                     await call
                 else:
@@ -391,7 +462,7 @@ class Runner:
         except BaseException as exc:
             if torn_down():
                 self._finish(task, TaskState.ABANDONED, exc)
-                if isinstance(exc, GeneratorExit) or isinstance(exc, get_cancelled_exc_class()):
+                if type(exc) is GeneratorExit or isinstance(exc, get_cancelled_exc_class()):
                     raise
                 await checkpoint()  # the cancellation that the task's own error hid
             elif isinstance(exc, _TimeUp):
@@ -411,7 +482,7 @@ class Runner:
             return None
         try:
             with self._entered(task) if self.around else _NOTHING:
-                result = task.func(*task.args, **task.kwargs)
+                result = task._call(*task.args, **task.kwargs)
             if result is not None:
                 if isawaitable(result):
                     return result
@@ -430,16 +501,43 @@ class Runner:
     def _entered(self, task: DeferredTask) -> Iterator[None]:
         with ExitStack() as stack:
             for around in self.around:
-                stack.enter_context(around(task))
+                manager = around(task)
+                if isinstance(manager, AbstractContextManager):
+                    stack.enter_context(manager)
+            yield
+
+    @asynccontextmanager
+    async def _entered_async(self, task: DeferredTask, *, called: bool) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for around in self.around:
+                manager = around(task)
+                if isinstance(manager, AbstractAsyncContextManager):
+                    await stack.enter_async_context(manager)
+                elif not called:
+                    stack.enter_context(manager)
             yield
 
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+def _check_durable(tasks: DeferredTasks, task: DeferredTask) -> None:
+    if task._call is task.func:
+        raise TypeError(
+            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run in this process. "
+            "Make it a task of an engine, or leave durable out."
+        )
+    if tasks._type != "http" or tasks._complete or tasks._ended:
+        raise DeferredError(
+            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is no "
+            "HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
+        )
+
+
+_NOTHING: nullcontext[None] = nullcontext()
 
 
 def describe(task: DeferredTask) -> str:
     """Name a task for the log, on one line whatever the request's path holds, and without its arguments."""
-    return f"deferred task {task.name!a}, added at {task.added_at}, request {task._tasks._request!a}"
+    request = f", request {task._tasks._request!a}" if task._tasks._request else ""
+    return f"deferred task {task.name!a}, added at {task.added_at}{request}"
 
 
 def request_line(scope: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@
 4. A *worker* is a pooled anyio task that runs one unit after another: an async task, stepped in the context of the
    line that added it, or a run of sync tasks in one hop to a thread. No worker runs a user's code before it has
    yielded to the event loop, so nothing of the user's runs inside `add_task` or the ASGI call.
+   Engines' tasks take no slot when a response waits for them, or when the drain starts: nothing may hold those up.
 5. While a session has strands ready, one of its workers *attends*: it takes the next of them before it waits for
    anything. When a unit of its own makes it wait, another is summoned first. So strands wait for no other strand,
    and tasks that never wait share one worker's turn.
@@ -18,6 +19,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -27,7 +29,7 @@ from logging import getLogger
 from math import inf
 from threading import get_ident
 from types import coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anyio import (
     TASK_STATUS_IGNORED,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from ._runner import Runner
 
 logger = getLogger("asgi_deferred")
+
+sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
 
 MAX_IDLE_WORKERS = 16
 UNITS_IN_A_TURN = 16  # then the event loop's other tasks have theirs
@@ -108,13 +112,14 @@ def torn_down() -> bool:
 class Strand:
     """Tasks that run one at a time, in order (rule 1)."""
 
-    __slots__ = ("active", "current", "position", "queue", "session")
+    __slots__ = ("active", "current", "freed", "position", "queue", "session")
 
     def __init__(self, session: Session, tasks: list[DeferredTask]) -> None:
         self.session = session
         self.queue = tasks
         self.position = 0
         self.current: DeferredTask | None = None
+        self.freed: Event | None = None
         self.active = True
 
     def head(self) -> DeferredTask | None:
@@ -125,6 +130,10 @@ class Strand:
                 return task
             self.position += 1
         return None
+
+    def rest(self) -> list[DeferredTask]:
+        """Return what was not taken yet."""
+        return self.queue[self.position :]
 
     def take(self) -> DeferredTask:
         """Make the head the current task. Under the runner's lock."""
@@ -141,8 +150,10 @@ class Scheduler:
         self.soon = soon_here()
         self.slots = runner.max_concurrency
         self.threads = runner.max_threads
+        self.cancelled_calls: set[Session] = set()
         self.waiting: deque[Strand] = deque()
         self.parked: deque[Strand] = deque()  # came before those waiting; a thread is all they lack
+        self.enqueueing = Semaphore(runner.max_threads)
 
     def push(self, *strands: Strand) -> None:
         self.waiting.extend(strands)
@@ -177,6 +188,8 @@ class Scheduler:
     def release(self, strand: Strand) -> None:
         """Take a slot back, and queue what else the strand has."""
         self.slots += 1
+        if strand.freed is not None:
+            strand.freed.set()
         with self.runner._lock:
             strand.current = None
             if strand.head() is None or strand.session.cancelled:
@@ -184,13 +197,47 @@ class Scheduler:
             else:
                 self.waiting.append(strand)
 
+    async def enqueue_shielded(self, task: DeferredTask) -> None:
+        with CancelScope(shield=True):
+            await self.enqueue(task)
+
+    async def enqueue(self, task: DeferredTask) -> None:
+        """Let an engine's task end, past all that waits for a slot or a thread."""
+        runner = self.runner
+        if task._async:
+            await in_context(task._context, runner._run_async(task), lambda: None)
+            return
+        returned: list[Awaitable[Any] | None] = []
+        done = Event()
+        started = current_time()
+
+        def job() -> None:
+            returned.append(task._context.run(runner._run_sync, task))
+            if task.state is not TaskState.RUNNING and (close := getattr(returned[0], "close", None)):
+                close()  # its time was up; nobody will await it
+
+        def free() -> None:
+            self.enqueueing.release()
+            done.set()
+
+        try:
+            with move_on_after(task.timeout):
+                await self.enqueueing.acquire()
+                runner._threads.start(job, partial(self.soon, free))
+                await done.wait()
+        except BaseException:
+            runner._finish_outside(task, TaskState.ABANDONED)
+            raise
+        if not done.is_set():
+            runner._time_out(task)
+        elif returned[0] is not None:
+            left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
+            await in_context(task._context, runner._run_awaitable(task, returned[0], left), lambda: None)
+
     def put_back(self, strand: Strand) -> None:
-        """Undo a claim whose task was not begun."""
-        task = strand.current
-        assert task is not None
-        if not task._async:
+        """Let go of a strand that was claimed in a session that ended before the task was begun."""
+        if not cast("DeferredTask", strand.current)._async:
             self.threads += 1
-        strand.position -= 1
         self.release(strand)
 
     def thread_done(self, hop: Hop) -> None:
@@ -265,7 +312,7 @@ class Worker:
                     task: Any = strand.current
                     try:
                         if task._async:
-                            run = runner._run_async(task, task.timeout)
+                            run = runner._run_async(task)
                             await in_context(task._context, run, self.before_waiting)
                         else:
                             await session.run_in_thread(strand, self)
@@ -324,11 +371,14 @@ class Session:
         self.strands: set[Strand] = set()
         self.registered: set[DeferredTasks] = set()
         self.scope = CancelScope(shield=shield)
+        self.enqueue_first = False
         self.draining = Event()
         self.ended = Event()
         self._settled = Event()
         self.thread = get_ident()
         self._context = copy_context()
+        if sniffio is not None:  # it sees no event loop from a callback, which `dispatch` may be called from
+            self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
         self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
@@ -337,20 +387,27 @@ class Session:
         try:
             with self.scope:
                 async with create_task_group() as self.group:
-                    task_status.started()
-                    if tasks is not None:
-                        self.hand_over(tasks)
-                    await self.draining.wait()
-                    while not self._close_if_idle():
-                        await self._settled.wait()
-                        self._settled = Event()
-                    self.group.cancel_scope.cancel()
+                    try:
+                        task_status.started()
+                        if tasks is not None:
+                            self.hand_over(tasks)
+                        await self.draining.wait()
+                        while not self._close_if_idle():
+                            await self._settled.wait()
+                            self._settled = Event()
+                    finally:
+                        self.cancelled = True  # no strand starts in a group that is about to close
+                        self.group.cancel_scope.cancel()
         finally:
             self._sweep()
             self.ended.set()
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is left, `timeout` seconds at most; then cancel the rest and wait for that."""
+        self.enqueue_first = True
+        with self.runner._lock:
+            strands = self._take_engine_tasks(list(self.strands))
+        self._enqueue_strands(strands)
         self.draining.set()
         with move_on_after(timeout):
             await self.ended.wait()
@@ -376,6 +433,8 @@ class Session:
                 tasks._strand = Strand(self, tasks._tasks)
                 strands = [tasks._strand]
             self.strands.update(strands)
+            taken = self._take_engine_tasks(strands) if self.enqueue_first else []
+        self._enqueue_strands(taken)
         self.scheduler.push(*strands)
 
     def unregister(self, tasks: DeferredTasks) -> None:
@@ -394,6 +453,37 @@ class Session:
             tasks._strand = strand
         self.strands.add(strand)
         self.scheduler.soon(self.scheduler.push, strand)
+
+    def _take_engine_tasks(self, strands: list[Strand]) -> list[Strand]:
+        """Split what waits for its engine off each strand. Under the runner's lock."""
+        taken = []
+        for strand in strands:
+            queue = strand.rest()
+            tasks = [task for task in queue if task._call is not task.func]
+            if tasks:
+                taken.append(rest := Strand(self, tasks))
+                strand.queue = [task for task in queue if task._call is task.func]
+                strand.position = 0
+                if strand.current is not None and strand.current._call is not strand.current.func:
+                    strand.freed = rest.freed = Event()
+        self.strands.update(taken)
+        return taken
+
+    def _enqueue_strands(self, strands: list[Strand]) -> None:
+        for strand in strands:
+            self._context.run(self.group.start_soon, self._enqueue_strand, strand)
+
+    async def _enqueue_strand(self, strand: Strand) -> None:
+        if strand.freed is not None:
+            await strand.freed.wait()  # the one before it, which is being enqueued
+        while True:
+            with self.runner._lock:
+                if strand.head() is None:
+                    strand.current = None
+                    self.retire(strand)
+                    return
+                task = strand.take()
+            await self.scheduler.enqueue(task)
 
     def retire(self, strand: Strand) -> None:
         """Let go of a strand that has nothing left to run. Under the runner's lock."""
@@ -423,7 +513,7 @@ class Session:
 
     async def run_in_thread(self, strand: Strand, worker: Worker) -> None:
         task = strand.current
-        assert task is not None  # noqa: S101
+        assert task is not None
         hop = Hop(strand, task)
         started = current_time()
         self.runner._threads.start(hop.run, partial(self.scheduler.soon, self.scheduler.thread_done, hop))
@@ -440,11 +530,11 @@ class Session:
             self.runner._time_out(hop.task)
         elif hop.awaitable is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            run = self.runner._run_async(hop.task, left, hop.awaitable)
+            run = self.runner._run_awaitable(hop.task, hop.awaitable, left)
             await in_context(hop.task._context, run, worker.before_waiting)
 
     def _unfinished(self) -> list[DeferredTask]:
-        tasks = [task for strand in self.strands for task in strand.queue]
+        tasks = [task for strand in self.strands for task in (strand.current, *strand.rest()) if task is not None]
         tasks += [task for registered in self.registered for task in registered]
         return [task for task in tasks if task.state in (TaskState.PENDING, TaskState.RUNNING)]
 

@@ -15,6 +15,7 @@ from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from ._completion import WHEN, Outcome, When
+from ._engines import Engine, recognise
 from ._exceptions import MiddlewareMissing
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Options(NamedTuple):
     timeout: float | None = None
     key: Hashable = None
     name: str | None = None
+    durable: bool = False
 
 
 def check_when(when: object) -> None:
@@ -85,13 +87,19 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be more than 0; leave it out for the default")
 
 
+def check_count(name: str, value: int) -> None:
+    check_positive(name, value)
+    if value != inf and value != int(value):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+
+
 class DeferredTask:
     """One deferred call. `add_task` makes it; it is not made by hand.
 
     Attributes:
         func, args, kwargs: The call.
         name: For logs and statistics; the function's qualified name unless `options(name=...)` says otherwise.
-        when, timeout, key: The options in force; `timeout` in seconds, `None` without one.
+        when, timeout, key, durable: The options in force; `timeout` in seconds, `None` without one.
         state: A `TaskState`.
         error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran, else `None`.
         added_at: "file:line" of the call that added it.
@@ -101,6 +109,7 @@ class DeferredTask:
         "__weakref__",
         "_added",
         "_async",
+        "_call",
         "_code",
         "_context",
         "_line",
@@ -108,6 +117,7 @@ class DeferredTask:
         "_started",
         "_tasks",
         "args",
+        "durable",
         "error",
         "func",
         "key",
@@ -135,15 +145,26 @@ class DeferredTask:
         timeout = options.timeout or runner.timeout
         self.timeout: float | None = None if timeout == inf else timeout
         self.key: Hashable = options.key
+        self.durable: bool = options.durable
         self._name = options.name
         self.state: TaskState = TaskState.PENDING
         self.error: BaseException | None = None
+        self._call: Callable[..., Any] = func
         self._async = is_async(func)
         self._code: CodeType = frame.f_code
         self._line: int = frame.f_lineno
         self._context: Context = copy_context()
         self._added: float = perf_counter()
         self._started: float = 0.0
+
+    def _to_engine(self, engine: Engine, options: Options) -> None:
+        """Let running mean enqueueing."""
+        self._call = partial(engine.enqueue, self.func)
+        self._async = is_async(engine.enqueue)
+        timeout = options.timeout or self._tasks._runner.enqueue_timeout
+        self.timeout = None if timeout == inf else timeout
+        if engine.name is not None:
+            self._name = self._name or engine.name(self.func)
 
     @property
     def name(self) -> str:
@@ -171,9 +192,9 @@ class DeferredTasks:
     __slots__ = (
         "__weakref__",
         "_complete",
+        "_durable",
         "_ended",
         "_error",
-        "_handing_over",
         "_keys",
         "_outcome",
         "_request",
@@ -189,11 +210,11 @@ class DeferredTasks:
         self._runner = runner
         self._type = kind
         self._tasks: list[DeferredTask] = []
+        self._durable = False
         self._ended = False
         self._complete = False
         self._start: Any = _NOT_STARTED
         self._error: BaseException | None = None
-        self._handing_over = False
         self._outcome: Outcome | None = None
         self._request = ""
         self._keys: dict[Hashable, DeferredTask] | None = None
@@ -203,11 +224,15 @@ class DeferredTasks:
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
 
+        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or what
+        `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
+
         It sees the context variables of this line. Arguments that do not fit the function are found when
         it runs; the log then names this line.
 
         Raises:
-            TypeError: `func` is not callable, most often because it was called: `add_task(f(x))`.
+            TypeError: `func` is not callable, most often because it was called: `add_task(f(x))`; or it is a task
+                that its engine would not run, or a `functools.partial` of an engine's task.
             BacklogFull: `max_pending` tasks are unfinished, and the runner has `overflow="reject"`.
             RunnerClosed: The request is over and so is everything that could run the task.
         """
@@ -220,6 +245,7 @@ class DeferredTasks:
         timeout: float | None = None,
         key: Hashable = None,
         name: str | None = None,
+        durable: bool = False,
     ) -> TaskAdder:
         """Return an object whose `add_task` adds with these options.
 
@@ -228,8 +254,12 @@ class DeferredTasks:
                 default if left out.
             timeout: Seconds from the moment the task starts; the runner's default if left out, `math.inf`
                 for none. An async task is cancelled then. A thread cannot be: the list goes on without it.
+                For an engine's task it is the time to enqueue it, and `Runner(enqueue_timeout=...)` the default.
             key: A later task of this list with an equal key replaces this one while it is PENDING.
             name: For logs and statistics.
+            durable: For an engine's task in an HTTP request: enqueue it before the response starts, if `when` lets
+                the response's status through, and answer 503 if the engine does not take it. `add_task` raises
+                TypeError for a function, and DeferredError where there is no response to hold back.
 
         Raises:
             ValueError: `when` is unknown, or `timeout` is not above 0.
@@ -243,7 +273,7 @@ class DeferredTasks:
             hash(key)
         except TypeError:
             raise TypeError(f"key={key!r} is not hashable: use a string or a tuple") from None
-        return TaskAdder(self, Options(when, timeout, key, name))
+        return TaskAdder(self, Options(when, timeout, key, name, durable))
 
     @property
     def outcome(self) -> Outcome | None:
@@ -262,9 +292,14 @@ class DeferredTasks:
         options: Options,
         frame: FrameType,
     ) -> DeferredTask:
-        if not callable(func):
-            raise _not_callable(func)
+        engine = None
+        if type(func) is not FunctionType:
+            engine = recognise(func)
+            if engine is None and not callable(func):
+                raise _not_callable(func)
         task = DeferredTask(self, func, args, kwargs, options, frame)
+        if engine is not None:
+            task._to_engine(engine, options)
         self._runner._accept(self, task)
         return task
 
@@ -369,10 +404,10 @@ def _not_callable(func: object) -> TypeError:
     if iscoroutine(func):
         func.close()  # or Python warns about it a second time, far from here
         return TypeError(
-            f"add_task() got the coroutine {func.__qualname__}(...), which is a call that was made already. "
+            f"Got the coroutine {func.__qualname__}(...), which is a call that was made already. "
             "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."
         )
     return TypeError(
-        f"add_task() got {type(func).__name__!r}, which cannot be called. "
+        f"Got {type(func).__name__!r}, which cannot be called. "
         "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."
     )

@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from inspect import isclass, isfunction, ismodule, signature
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin
 
 import pytest
 
@@ -32,9 +32,11 @@ CORE = [
     "_exceptions",
     "_completion",
     "_threads",
+    "_engines",
     "_tasks",
     "_scheduler",
     "_runner",
+    "_durable",
     "_lifespan",
     "_middleware",
 ]
@@ -89,6 +91,7 @@ def members(value: Any) -> Iterator[tuple[str, Any]]:
 def test_every_name_is_ours_and_documented(module: str, name: str) -> None:
     """Each public name has a docstring, which also names each attribute and parameter that has none of its own."""
     value = getattr(import_module(module), name)
+    value = value.__origin__ if get_origin(value) is Annotated else value
     text = value.__doc__ or ""
     assert value.__module__.partition(".")[0] == "asgi_deferred"
     assert text

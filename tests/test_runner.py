@@ -8,6 +8,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import anyio
@@ -22,10 +23,10 @@ from asgi_deferred import (
     Runner,
     TaskEvent,
     TaskState,
+    _threads,
     defer,
     tasks_from,
 )
-from asgi_deferred import _threads
 
 from .support import Log, assert_conserved, http_scope, no_more_messages, request, responder, states
 
@@ -35,9 +36,7 @@ pytestmark = pytest.mark.anyio
 async def run(runner: Runner, *add: Callable[[DeferredTasks], object], path: str = "/") -> DeferredTasks:
     """Make a request that adds tasks, wait for them, and return its list."""
     lists: list[DeferredTasks] = []
-    await DeferredMiddleware(responder(lists.append, *add), runner)(
-        http_scope(path), no_more_messages, Log().send
-    )
+    await DeferredMiddleware(responder(lists.append, *add), runner)(http_scope(path), no_more_messages, Log().send)
     await runner.wait_idle()
     assert_conserved(runner)
     return lists[0]
@@ -66,7 +65,15 @@ def fail_sync(error: BaseException) -> None:
 @pytest.mark.parametrize("func", [fail_async, fail_sync])
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x"), SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Custom(), StopAsyncIteration(), TimeoutError()],
+    [
+        ValueError("x"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        Custom(),
+        StopAsyncIteration(),
+        TimeoutError(),
+    ],
     ids=repr,
 )
 async def test_a_failing_task_fails_alone(
@@ -76,17 +83,20 @@ async def test_a_failing_task_fails_alone(
     runner, log = Runner(), Log()
     async with runner if live else contextlib.nullcontext():
         tasks = await run(
-            runner, lambda tasks: tasks.add_task(func, error), lambda tasks: tasks.add_task(log.note, "next"), path="/a\nb"
+            runner,
+            lambda tasks: tasks.add_task(func, error),
+            lambda tasks: tasks.add_task(log.note, "next"),
+            path="/a\nb",
         )
         await run(runner, lambda tasks: tasks.add_task(log.note, "next request"))
     assert states(tasks) == [f"{func.__name__} FAILED", "Log.note SUCCEEDED"]
-    assert list(tasks)[0].error is error
+    assert next(iter(tasks)).error is error
     assert log == ["next", "next request"]
     (record,) = (record for record in caplog.records if record.name == "asgi_deferred")
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
     assert record.exc_info[1] is error
-    added_at = list(tasks)[0].added_at
+    added_at = next(iter(tasks)).added_at
     assert record.getMessage() == (
         f"Failed: deferred task '{func.__name__}', added at {added_at}, request 'GET /a\\nb'"
     )
@@ -95,7 +105,7 @@ async def test_a_failing_task_fails_alone(
 async def test_arguments_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     """G3: arguments hold secrets, so neither the log nor a repr shows them; wrong ones are found at the call."""
     caplog.set_level(logging.DEBUG, "asgi_deferred")
-    tasks = await run(Runner(), lambda tasks: tasks.add_task(fail_async, ValueError(), password="hunter2"))
+    tasks = await run(Runner(), lambda tasks: tasks.add_task(fail_async, ValueError(), password="hunter2"))  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     (task,) = tasks
     assert isinstance(task.error, TypeError)
     assert "unexpected keyword argument 'password'" in str(task.error)
@@ -127,7 +137,9 @@ async def test_a_task_that_cancels_itself(caplog: pytest.LogCaptureFixture, anyi
     runner = Runner()
     async with runner:
         for func in (cancel_and_wait, cancel_and_return):
-            tasks = await run(runner, lambda tasks: [tasks.options(name="self").add_task(func), tasks.add_task(note, "a")])
+            tasks = await run(
+                runner, lambda tasks: [tasks.options(name="self").add_task(func), tasks.add_task(note, "a")]
+            )
             assert [task.state.name for task in tasks] == [
                 "CANCELLED" if func is cancel_and_wait else "SUCCEEDED",
                 "SUCCEEDED",
@@ -218,10 +230,12 @@ async def test_generator_functions_are_refused() -> None:
 
     tasks = await run(
         Runner(),
-        lambda tasks: [tasks.add_task(func) for func in (generator, async_generator, lambda: iter([]), lambda: generator())],
+        lambda tasks: [
+            tasks.add_task(func) for func in (generator, async_generator, lambda: iter([]), lambda: generator())
+        ],
     )
     assert [type(task.error) for task in tasks] == [TypeError, TypeError, type(None), type(None)]
-    assert "This is a generator function: calling it runs none of its code" in str(list(tasks)[0].error)
+    assert "This is a generator function: calling it runs none of its code" in str(next(iter(tasks)).error)
 
 
 async def test_sync_tasks_share_a_hop() -> None:
@@ -229,7 +243,12 @@ async def test_sync_tasks_share_a_hop() -> None:
     hops: list[object] = []
     runner = Runner()
     start = runner._threads.start
-    runner._threads.start = lambda job, done: (hops.append(job), start(job, done))  # type: ignore[assignment, method-assign]
+
+    def counting(job: Callable[[], None], done: Callable[[], None]) -> None:
+        hops.append(job)
+        start(job, done)
+
+    runner._threads.start = counting  # type: ignore[method-assign]
     log = Log()
     await run(
         runner,
@@ -298,7 +317,7 @@ def test_a_thread_that_gets_a_job_as_its_time_is_up(monkeypatch: pytest.MonkeyPa
     """G7: a thread about to end takes the job that was given to it at that moment."""
     monkeypatch.setattr(_threads, "IDLE_SECONDS", 0.0)
     threads = _threads.Threads()
-    inbox = _threads.SimpleQueue[Any]()
+    inbox: SimpleQueue[Any] = SimpleQueue()
     ran = threading.Event()
     threads._lock.acquire()
     server = threading.Thread(target=threads._serve, args=(inbox,), daemon=True)
@@ -334,7 +353,12 @@ async def test_order_and_concurrency() -> None:
         assert runner.statistics()[:3] == (4, 2, 2)
         go.set()
     for name in "ab":
-        assert [entry for entry in log if entry[0] == name] == [f"{name}1", f"{name}1 done", f"{name}2", f"{name}2 done"]
+        assert [entry for entry in log if entry[0] == name] == [
+            f"{name}1",
+            f"{name}1 done",
+            f"{name}2",
+            f"{name}2 done",
+        ]
 
 
 async def test_concurrent_lists() -> None:
@@ -349,7 +373,9 @@ async def test_concurrent_lists() -> None:
 
     runner = Runner(concurrent=True)
     async with runner:
-        app = DeferredMiddleware(responder(lambda tasks: [tasks.add_task(task, name) for name in ("first", "second")]), runner)
+        app = DeferredMiddleware(
+            responder(lambda tasks: [tasks.add_task(task, name) for name in ("first", "second")]), runner
+        )
         await request(app, Log())
         await anyio.wait_all_tasks_blocked()
         assert sorted(log) == ["first", "nested", "second"]
@@ -409,7 +435,7 @@ async def test_a_cancelled_sync_task_gives_its_place_up() -> None:
             runner,
         )
         await request(app, log)
-        assert list(lists[0])[0].cancel()
+        assert next(iter(lists[0])).cancel()
         go.set()
     assert log[-1] == "async"
     assert states(lists[0]) == ["Log.note_sync CANCELLED", "Log.note SUCCEEDED"]
@@ -419,7 +445,9 @@ async def test_overflow_waits() -> None:
     """G7: at the limit the request's call is held until there is room; its client has the response, and nothing is lost."""
     log, go = Log(), anyio.Event()
     runner = Runner(max_pending=1)
-    app = DeferredMiddleware(responder(lambda tasks: [tasks.add_task(go.wait), tasks.add_task(log.note, "task")]), runner)
+    app = DeferredMiddleware(
+        responder(lambda tasks: [tasks.add_task(go.wait), tasks.add_task(log.note, "task")]), runner
+    )
     async with anyio.create_task_group() as group, runner:
         group.start_soon(request, app, log)
         await anyio.wait_all_tasks_blocked()
@@ -492,7 +520,11 @@ async def test_nested_and_late_tasks() -> None:
     app = DeferredMiddleware(
         responder(
             lists.append,
-            lambda tasks: [tasks.add_task(nest, "one", "three", "four"), tasks.add_task(nest_sync), tasks.add_task(nest, "two")],
+            lambda tasks: [
+                tasks.add_task(nest, "one", "three", "four"),
+                tasks.add_task(nest_sync),
+                tasks.add_task(nest, "two"),
+            ],
         ),
         runner,
     )
@@ -528,7 +560,9 @@ async def test_timeouts(caplog: pytest.LogCaptureFixture) -> None:
     async with runner:
         tasks = await run(
             runner,
-            lambda tasks: [tasks.options(timeout=0.01, name=func.__name__).add_task(func) for func in (slow, slow_sync)],
+            lambda tasks: [
+                tasks.options(timeout=0.01, name=func.__name__).add_task(func) for func in (slow, slow_sync)
+            ],
             lambda tasks: tasks.options(timeout=30).add_task(log.note, "next"),
             lambda tasks: tasks.options(timeout=30).add_task(log.note_sync, "next sync"),
             lambda tasks: tasks.options(timeout=30).add_task(fail_async, TimeoutError("its own")),
@@ -545,7 +579,8 @@ async def test_timeouts(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_a_thread_that_was_given_up_counts_until_it_ends() -> None:
     """G7: a timed-out sync task keeps its thread of `max_threads`, so that stuck threads cannot pile up."""
-    go, log, lists = threading.Event(), Log(), []
+    go, log = threading.Event(), Log()
+    lists: list[DeferredTasks] = []
     runner = Runner(max_threads=1)
 
     async def slow_after_all() -> None:

@@ -92,9 +92,9 @@ def test_kinds_of_callables(tasks: DeferredTasks, func: Any, name: str, asynchro
 
 def test_a_call_instead_of_a_function(tasks: DeferredTasks) -> None:
     """A coroutine object is refused with the remedy, and Python's own "never awaited" does not follow."""
-    with pytest.raises(TypeError, match=r"got the coroutine coroutine_function\(\.\.\.\).* Pass the function and its"):
+    with pytest.raises(TypeError, match=r"Got the coroutine coroutine_function\(\.\.\.\).* Pass the function and its"):
         tasks.add_task(coroutine_function(1))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"got 'NoneType', which cannot be called. Pass the function"):
+    with pytest.raises(TypeError, match=r"Got 'NoneType', which cannot be called. Pass the function"):
         tasks.add_task(sync(1))  # type: ignore[func-returns-value, arg-type]
     assert len(tasks) == 0
     assert tasks._runner.statistics().accepted == 0
@@ -124,6 +124,7 @@ def test_bad_options(tasks: DeferredTasks, options: dict[str, Any], error: type[
     [
         ({"max_concurrency": 0}, ValueError, "max_concurrency=0 must be more than 0"),
         ({"max_threads": -1}, ValueError, "max_threads=-1 must be more than 0"),
+        ({"max_threads": 1.5}, ValueError, "max_threads=1.5 must be a whole number"),
         ({"max_pending": None}, TypeError, "max_pending=None is not a number"),
         ({"drain_timeout": 0}, ValueError, "drain_timeout=0 must be more than 0"),
         ({"timeout": 0}, ValueError, "timeout=0 must be more than 0"),

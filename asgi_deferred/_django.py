@@ -1,0 +1,195 @@
+"""Django's requests, connections and test clients.
+
+1. A connection that a task opened is closed when the task ends, in the thread that opened it, before the task's place
+   is given to another. So none is stale at the next task, none is left behind in a thread that nobody uses again,
+   and tasks hold no more connections than tasks run.
+2. An async task makes its thread-sensitive calls, the async ORM among them, in a thread of its own. The one that the
+   context of the adding line names has ended with its request, or is shared by the whole process.
+"""
+
+from __future__ import annotations
+
+from asyncio import shield, wrap_future
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
+from django.core.handlers.base import BaseHandler
+from django.db import connections, reset_queries
+
+from ._completion import Outcome
+from ._middleware import ASGIApp
+from ._middleware import DeferredMiddleware as _DeferredMiddleware
+from ._runner import Runner
+from ._tasks import KEY, DeferredTask, DeferredTasks, TaskState, current
+
+if TYPE_CHECKING:
+    from contextvars import Token
+
+
+class TaskConnections:
+    """Gives a task database connections of its own, and closes them."""
+
+    def __init__(self, task: DeferredTask) -> None:
+        self._used: list[bool] = []
+
+    def __enter__(self) -> None:
+        reset_queries()
+
+    def __exit__(self, *_: object) -> None:
+        connections.close_all()
+
+    async def __aenter__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "asgi-deferred", self._used.append, (True,))
+        self._sensitive: Any = ThreadSensitiveContext(executor=self._thread)
+        await self._sensitive.__aenter__()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._sensitive.__aexit__(None, None, None)
+        closed = self._thread.submit(connections.close_all) if self._used else None
+        self._thread.shutdown(wait=False)
+        if closed is not None:
+            await shield(wrap_future(closed))
+
+
+class DeferredMiddleware(_DeferredMiddleware):
+    """`asgi_deferred.DeferredMiddleware` for an application that is Django, or has Django in it.
+
+    The database connections that a task opens are closed when it ends. A websocket that Django refuses with an
+    error is closed instead, so that its client gets a 403.
+
+    Args:
+        app: What `get_asgi_application()` returned, or what wraps it.
+        runner: Limits, defaults and observers; a `Runner()` of its own if left out. Its `around` gets one more.
+            Tasks hold at most `max_threads` connections if they are sync, `max_concurrency` in all.
+    """
+
+    def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
+        super().__init__(app, runner)
+        self.runner.around = (TaskConnections, *self.runner.around)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "websocket":
+            await super().__call__(scope, receive, send)
+            return
+        received = False
+
+        async def receive_and_note() -> Any:
+            nonlocal received
+            received = True
+            return await receive()
+
+        try:
+            await super().__call__(scope, receive_and_note, send)
+        except ValueError:
+            if received:
+                raise
+            await receive()
+            await send({"type": "websocket.close"})
+
+
+def capture_deferred(*, execute: bool = False) -> CaptureDeferred:
+    """Collect what a test defers, with Django's test clients or without: `with capture_deferred() as deferred:`.
+
+    None of it runs, unless at the end of the block, which then raises the first task's error. In an async
+    test use `async with`. Tasks run in the test's own thread, so that they see the transaction of a `TestCase`,
+    and `when` is decided by the response that the test client got. Enter it before
+    `captureOnCommitCallbacks(execute=True)`, as that runs its callbacks at its end.
+
+    Args:
+        execute: Run the tasks at the end of the block, one after the other, and those they add.
+    """
+    return CaptureDeferred(execute)
+
+
+class CaptureDeferred:
+    """What `capture_deferred` returns."""
+
+    def __init__(self, execute: bool) -> None:  # noqa: FBT001
+        self._execute = execute
+        self._deferred: list[DeferredTask] = []
+        self._runner = _Recorder(self._deferred)
+
+    def __enter__(self) -> list[DeferredTask]:
+        self._before = (BaseHandler.get_response, BaseHandler.get_response_async)
+        get_response, get_response_async = self._before
+
+        def captured(handler: Any, request: Any) -> Any:
+            with self._request(request) as answered:
+                return answered(get_response(handler, request))
+
+        async def captured_async(handler: Any, request: Any) -> Any:
+            with self._request(request) as answered:
+                return answered(await get_response_async(handler, request))
+
+        _patch(captured, captured_async)
+        outside = DeferredTasks(self._runner, "http")
+        outside._outcome = Outcome("http", complete=True)
+        self._token: Token[DeferredTasks | None] = current.set(outside)
+        return self._deferred
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        current.reset(self._token)
+        _patch(*self._before)
+        if self._execute and exc_type is None:
+            self._run()
+
+    async def __aenter__(self) -> list[DeferredTask]:
+        return self.__enter__()
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        execute, self._execute = self._execute, False
+        self.__exit__(exc_type)
+        if execute and exc_type is None:
+            await sync_to_async(self._run)()
+
+    @contextmanager
+    def _request(self, request: Any) -> Iterator[Callable[[Any], Any]]:
+        """Give a request a list, if it has not come through the middleware; yields what takes its response."""
+        scope = getattr(request, "scope", {"type": "http"})
+        if KEY in scope:
+            yield lambda response: response
+            return
+        tasks = DeferredTasks(self._runner, "http")
+        request.scope = {**scope, KEY: tasks}
+
+        def answered(response: Any) -> Any:
+            tasks._outcome = Outcome("http", response.status_code, complete=True)
+            return response
+
+        token = current.set(tasks)
+        try:
+            yield answered
+        finally:
+            current.reset(token)
+
+    def _run(self) -> None:
+        for task in self._deferred:  # which grows, by what they add
+            if task.state is not TaskState.PENDING:
+                continue
+            if task._async:
+                task._context.run(async_to_sync(self._runner._run_async), task)
+            else:
+                awaitable = task._context.run(self._runner._run_sync, task)
+                if awaitable is not None:
+                    task._context.run(async_to_sync(self._runner._run_awaitable), task, awaitable, task.timeout)
+        for task in self._deferred:
+            if task.error is not None:
+                raise task.error
+
+
+def _patch(get_response: Any, get_response_async: Any) -> None:
+    handler: Any = BaseHandler
+    handler.get_response, handler.get_response_async = get_response, get_response_async
+
+
+class _Recorder(Runner):
+    def __init__(self, deferred: list[DeferredTask]) -> None:
+        super().__init__()
+        self.deferred = deferred
+
+    def _accept(self, tasks: DeferredTasks, task: DeferredTask) -> None:
+        super()._accept(tasks, task)
+        self.deferred.append(task)

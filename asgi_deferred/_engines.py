@@ -1,0 +1,176 @@
+"""Which objects are an engine's tasks, and how each engine takes one in.
+
+1. Recognition is by `isinstance` against classes that are in `sys.modules` already: a task object cannot exist before
+   its engine's module was imported. Nothing is imported for it, and no attribute is guessed, as a `Mock` has them all.
+2. What the user registered comes first, the latest registration ahead; then a `__defer_enqueue__` method, looked up
+   on the type as Python does for its own; then the engines known here.
+3. An `enqueue` that is `async def` runs on the event loop. Any other runs in a worker thread: those clients block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from inspect import Parameter, iscoroutinefunction, signature, unwrap
+from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+
+def _itself(task: Any) -> Any:
+    return task
+
+
+class Engine(NamedTuple):
+    """How to treat the task objects of one class."""
+
+    enqueue: Callable[..., Any]
+    local: Callable[[Any], Callable[..., Any]] = _itself
+    name: Callable[[Any], str] | None = None
+    refuse: Callable[[Any], None] | None = None
+
+
+_PLAIN = frozenset({FunctionType, MethodType, BuiltinFunctionType, type})
+
+registered: dict[type, Engine] = {}
+
+
+def recognise(func: Any) -> Engine | None:
+    """Return the engine whose task `func` is; `None` for what runs in this process.
+
+    Raises:
+        TypeError: It is a task that its engine would not run, or a `partial` of a task, which would run here.
+    """
+    kind = type(func)
+    if kind in _PLAIN:
+        return None
+    if isinstance(func, partial):
+        if recognise(func.func) is not None:
+            raise TypeError(
+                "add_task() got a functools.partial of an engine's task, and calling that would run the task here "
+                "instead of enqueueing it. Pass the task itself, and its arguments to add_task."
+            )
+        return None
+    engine = _engine_of(func, kind)
+    if engine is not None and engine.refuse is not None:
+        engine.refuse(func)
+    return engine
+
+
+def _engine_of(func: Any, kind: type) -> Engine | None:
+    for cls in reversed(registered):
+        if isinstance(func, cls):
+            return registered[cls]
+    if hasattr(kind, "__defer_enqueue__"):
+        return Engine(kind.__defer_enqueue__)
+    for (module, name), engine in _KNOWN.items():
+        loaded = getattr(sys.modules.get(module), name, None)
+        if loaded is not None and isinstance(func, loaded):
+            return engine
+    return None
+
+
+# What the names of each engine's own API say, in its own terms.
+
+
+async def _taskiq(task: Any, /, *args: Any, **kwargs: Any) -> None:
+    await task.kiq(*args, **kwargs)
+
+
+def _taskiq_original(kicker: Any) -> Any:
+    return kicker.broker.find_task(kicker.task_name).original_func
+
+
+def _celery(task: Any, /, *args: Any, **kwargs: Any) -> None:
+    task.apply_async(args, kwargs)
+
+
+def _celery_eagerly(signature: Any) -> Any:
+    return lambda *args, **kwargs: signature.apply(args, kwargs).get()
+
+
+def _refuse_async(task: Any) -> None:
+    if iscoroutinefunction(task.run):
+        raise TypeError(
+            f"{task.name!r} is an `async def` Celery task: its worker would make the coroutine and never run it. "
+            "Make it a `def`, with asyncio.run() inside where it needs an event loop."
+        )
+
+
+def _refuse_async_signature(signature: Any) -> None:
+    task = signature.app.tasks.get(signature.task)
+    if task is not None:
+        _refuse_async(task)
+
+
+def _dramatiq(actor: Any, /, *args: Any, **kwargs: Any) -> None:
+    actor.send(*args, **kwargs)
+
+
+def _dramatiq_function(actor: Any) -> Any:
+    inner = unwrap(actor.fn)
+    return inner if iscoroutinefunction(inner) else actor.fn
+
+
+def _huey(task: Any, /, *args: Any, **kwargs: Any) -> None:
+    task(*args, **kwargs)
+
+
+async def _procrastinate(task: Any, /, *args: Any, **kwargs: Any) -> None:
+    parameters = [*signature(task.func).parameters.values()][bool(task.pass_context) :]
+    names = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise TypeError(
+            f"{task.name} was given {len(args)} positional arguments and has {len(names)} names for them; "
+            "procrastinate stores arguments by name. Pass them by name."
+        )
+    await task.defer_async(**dict(zip(names, args, strict=False)), **kwargs)
+
+
+async def _procrastinate_configured(deferrer: Any, /, *args: Any, **kwargs: Any) -> None:
+    if args:
+        raise TypeError(
+            f"{deferrer.job.task_name} was configured, and its parameters' names are not known any more; "
+            "procrastinate stores arguments by name. Pass them by name."
+        )
+    await deferrer.defer_async(**kwargs)
+
+
+def _procrastinate_unknown(deferrer: Any) -> Any:
+    raise LookupError(
+        f"{deferrer.job.task_name} was configured, and its function is not known any more, so it cannot run here. "
+        "Give the test's app procrastinate's InMemoryConnector instead of using inline()."
+    )
+
+
+async def _streaq(task: Any, /, *args: Any, **kwargs: Any) -> None:
+    await task.enqueue(*args, **kwargs)
+
+
+def _django(task: Any, /, *args: Any, **kwargs: Any) -> None:
+    close_old_connections = sys.modules["django.db"].close_old_connections
+    close_old_connections()
+    try:
+        task.enqueue(*args, **kwargs)
+    finally:
+        close_old_connections()
+
+
+_DJANGO = Engine(_django, attrgetter("func"), attrgetter("module_path"))
+
+_KNOWN: dict[tuple[str, str], Engine] = {
+    ("taskiq.decor", "AsyncTaskiqDecoratedTask"): Engine(_taskiq, attrgetter("original_func"), attrgetter("task_name")),
+    ("taskiq.kicker", "AsyncKicker"): Engine(_taskiq, _taskiq_original, attrgetter("task_name")),
+    ("celery.app.task", "Task"): Engine(_celery, _itself, attrgetter("name"), _refuse_async),
+    ("celery.canvas", "Signature"): Engine(_celery, _celery_eagerly, attrgetter("task"), _refuse_async_signature),
+    ("dramatiq.actor", "Actor"): Engine(_dramatiq, _dramatiq_function, attrgetter("actor_name")),
+    ("huey.api", "TaskWrapper"): Engine(_huey, attrgetter("call_local"), attrgetter("task_class.__name__")),
+    ("procrastinate.tasks", "Task"): Engine(_procrastinate, attrgetter("func"), attrgetter("name")),
+    ("procrastinate.jobs", "JobDeferrer"): Engine(
+        _procrastinate_configured, _procrastinate_unknown, attrgetter("job.task_name")
+    ),
+    ("streaq.task", "RegisteredTask"): Engine(_streaq, attrgetter("fn"), attrgetter("fn_name")),
+    ("django.tasks.base", "Task"): _DJANGO,
+    ("django_tasks.base", "Task"): _DJANGO,
+}

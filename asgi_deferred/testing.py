@@ -1,0 +1,110 @@
+"""For tests of applications that defer: look at what was deferred, or wait for it.
+
+Both are context managers, hold for the whole process while they are entered, and work with any client, event loop and
+thread, with a lifespan or without. As pytest fixtures:
+
+```python
+@pytest.fixture
+def deferred() -> Iterator[list[DeferredTask]]:
+    with record() as tasks:
+        yield tasks
+
+
+@pytest.fixture(autouse=True)
+def finish_deferred() -> Iterator[None]:
+    with inline(raise_errors=True):
+        yield
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+from ._engines import recognise
+from ._runner import Runner
+from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
+
+__all__ = ["inline", "record"]
+
+_accept, _finish, _end = Runner._accept, Runner._finish, Runner._end
+
+
+@contextmanager
+def record() -> Iterator[list[DeferredTask]]:
+    """Collect tasks instead of running them: yield a list that fills with each task that is accepted.
+
+    None of them runs, then or later, nor is counted in `statistics()`; they stay PENDING unless they are cancelled or
+    replaced by `key`. Bad input raises as ever; no limit applies. Of nested blocks the innermost collects.
+
+    Example:
+        ```python
+        def test_signup_sends_a_welcome() -> None:
+            with record() as tasks:
+                TestClient(app).post("/signup", params={"email": "ada@example.org"})
+            assert [(task.func, task.args) for task in tasks] == [(send_welcome, ("ada@example.org",))]
+        ```
+    """
+    recorded: list[DeferredTask] = []
+    nobody = Runner()
+    lists: dict[DeferredTasks, DeferredTasks] = {}
+
+    def accept(_: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
+        task._tasks = lists.setdefault(tasks, DeferredTasks(nobody, tasks._type))
+        _accept(nobody, task._tasks, task)
+        recorded.append(task)
+
+    with patch.object(Runner, "_accept", accept):
+        yield recorded
+
+
+@contextmanager
+def inline(*, raise_errors: bool = False) -> Iterator[None]:
+    """Let every request finish its tasks before its ASGI call returns, and so before the client sees the response.
+
+    Tasks of engines run here as well, after the response and without a broker: the function below each is called.
+    Of nested blocks the innermost decides about `raise_errors`.
+
+    Args:
+        raise_errors: Raise the error of the request's first task that FAILED or TIMED_OUT out of the call,
+            once all have ended. Test clients raise it in the test. If the application itself raised, its error wins.
+
+    Example:
+        ```python
+        def test_signup_writes_an_audit_line() -> None:
+            with inline(raise_errors=True):
+                TestClient(app).post("/signup", params={"email": "ada@example.org"})
+            assert audit_lines() == ["ada@example.org signed up"]
+        ```
+    """
+    errors: dict[DeferredTasks, BaseException | None] = {}
+
+    outer = Runner._accept
+
+    def accept(runner: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
+        engine = recognise(task.func)
+        if engine is not None:
+            task._call = partial(engine.local(task.func))
+            task._async = is_async(task._call)
+            task.timeout = None
+        outer(runner, tasks, task)
+        tasks._durable = False
+
+    def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
+        finished = _finish(runner, task, state, *args, **kwargs)
+        if task.state in (TaskState.FAILED, TaskState.TIMED_OUT):
+            errors.setdefault(task._tasks, task.error)
+        return finished
+
+    async def end(runner: Runner, tasks: DeferredTasks) -> None:
+        await _end(runner, tasks)
+        error = errors.pop(tasks, None)
+        if error is not None and raise_errors and tasks._error is None:
+            raise error
+
+    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end, _home=lambda *_: None):
+        yield

@@ -1,0 +1,1 @@
+"""Small programs to read and to copy. Each is run by `tests/test_examples.py`."""

@@ -1,0 +1,36 @@
+"""A FastAPI app that uses BackgroundTasks, moved over: `uvicorn examples.fastapi_migrated:app`.
+
+Installing the middleware and setting the route class is all there is to it. No endpoint was changed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import BackgroundTasks, FastAPI, Response
+from starlette.background import BackgroundTask
+
+from asgi_deferred import DeferredMiddleware
+from asgi_deferred.fastapi import DeferredRoute
+
+logger = logging.getLogger(__name__)
+
+app = FastAPI()
+app.add_middleware(DeferredMiddleware)
+app.router.route_class = DeferredRoute  # before the first endpoint
+
+
+def write_log(message: str) -> None:
+    logger.info(message)
+
+
+@app.post("/notify/{email}")
+async def notify(email: str, background_tasks: BackgroundTasks) -> dict[str, str]:
+    background_tasks.add_task(write_log, f"notification for {email}")
+    return {"message": "sent"}
+
+
+@app.post("/both/{email}")
+async def both(email: str, background_tasks: BackgroundTasks) -> Response:
+    background_tasks.add_task(write_log, "injected")  # FastAPI itself drops this one
+    return Response("sent", background=BackgroundTask(write_log, "the response's own"))

@@ -1,0 +1,1 @@
+"""A Django project to test with, in this process and in servers."""

@@ -1,0 +1,5 @@
+"""What happened in this process, in order."""
+
+from __future__ import annotations
+
+journal: list[str] = []
