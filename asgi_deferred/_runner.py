@@ -329,7 +329,8 @@ class Runner:
                 f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
                 "Add tasks before the response ends, or run the application with a lifespan."
             )
-        if session is tasks._session and tasks._strand is not None and tasks._strand.active:
+        strand = tasks._strand
+        if session is tasks._session and strand is not None and strand.active and strand.queue is not tasks._tasks:
             tasks._tasks.append(task)
         session.add_late(tasks, task)
 
