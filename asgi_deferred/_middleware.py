@@ -73,7 +73,9 @@ class DeferredMiddleware:
                 if not tasks._complete:
                     tasks._start = message
             elif (
-                message["type"] == "http.response.body" and "more_body" not in message and "trailers" not in tasks._start
+                message["type"] == "http.response.body"
+                and "more_body" not in message
+                and "trailers" not in tasks._start
             ) or is_final(tasks._start, message):
                 if tasks._durable:
                     send = Barrier.on(send, tasks, note_and_send)

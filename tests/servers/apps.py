@@ -17,7 +17,6 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 import anyio
-import django
 from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.core.signals import request_finished
@@ -31,6 +30,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+import django
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, TaskEvent, tasks_from
 
 Message = MutableMapping[str, Any]
@@ -123,7 +123,7 @@ def add(source: Any) -> DeferredTasks:
     request_id.set(query["id"][0])
     for task in query.get("task", ()):
         name, kind, when = (*task.split(":"), "success")[:3]
-        tasks.options(name=name, when=when).add_task(KINDS[kind], name)  # type: ignore[arg-type]
+        tasks.options(name=name, when=when).add_task(KINDS[kind], name)
     return tasks
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ class Server:
 
     def wait_for(self, *lines: str) -> None:
         for line in lines:
-            until(lambda line=line: any(have.startswith(line) for have in self.lines()), f"{line!r} in {self.show()}")
+            until(partial(self._has, line), f"{line!r} in {self.show()}")
+
+    def _has(self, line: str) -> bool:
+        return any(have.startswith(line) for have in self.lines())
 
     def ends_of_lifespan(self) -> list[str]:
         """Return what the applications told their servers, sorted."""
