@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from asgi_deferred import DeferredMiddleware, Runner, tasks_from
@@ -53,11 +54,10 @@ async def holdings() -> dict[str, float]:
     await runner.wait_idle()
     await asyncio.sleep(0.2)
     gc.collect()
-    with open("/proc/self/statm") as statm:
-        pages = int(statm.read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "memory_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "descriptors": len([*Path("/proc/self/fd").iterdir()]),
         "threads": threading.active_count(),
         "objects": len(gc.get_objects()),
         "unfinished": runner.statistics().pending + runner.statistics().running,

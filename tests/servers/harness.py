@@ -40,7 +40,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     deadline = time.monotonic() + DEADLINE
     while not (result := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {DEADLINE} s for: {what}")
+            raise TimeoutError(f"waited {DEADLINE:g} s for {what}")
         time.sleep(0.01)
     return result
 
@@ -94,8 +94,10 @@ class Server:
         return [line.partition(" ")[2] for line in lines if line.split(" ")[0] == request]
 
     def wait_for(self, *lines: str) -> None:
-        for line in lines:
-            until(lambda line=line: any(have.startswith(line) for have in self.lines()), f"{line!r} in {self.show()}")
+        def written() -> bool:
+            return all(any(have.startswith(line) for have in self.lines()) for line in lines)
+
+        until(written, f"{lines} in {self.folder}/transcript")
 
     def ends_of_lifespan(self) -> list[str]:
         """Return what the applications told their servers, sorted."""
