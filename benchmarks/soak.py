@@ -129,7 +129,7 @@ def main(requests: int) -> int:
     command = [sys.executable, "-m", "uvicorn", "benchmarks.soak:app", "--fd", "0", "--log-level", "critical"]
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        server = subprocess.Popen(command, stdin=listening)
+        server = subprocess.Popen(command, stdin=listening.fileno())
     try:
         ok = asyncio.run(soak(port, requests))
     finally:

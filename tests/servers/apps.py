@@ -59,7 +59,9 @@ def observe(event: TaskEvent) -> None:
 
 
 pool = Pool()
-runner = Runner(drain_timeout=float(os.environ.get("DRAIN_TIMEOUT", "15")), observers=[observe])
+runner = Runner(
+    drain_timeout=float(os.environ["DRAIN_TIMEOUT"]), max_pending=int(os.environ["MAX_PENDING"]), observers=[observe]
+)
 
 
 async def pass_gate(name: str) -> None:

@@ -190,7 +190,9 @@ def _certificates(folder: Path) -> tuple[ssl.SSLContext, str]:
 
 
 @contextmanager
-def serve(kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: float = 15.0) -> Iterator[Server]:
+def serve(
+    kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: float = 15.0, max_pending: int = 1000
+) -> Iterator[Server]:
     """Start a server and wait until it answers; at the end make sure that it is gone, and its children with it."""
     port = free_port()
     (folder / "gates").mkdir()
@@ -212,6 +214,7 @@ def serve(kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: flo
         "TRANSCRIPT": str(folder / "transcript"),
         "GATES": str(folder / "gates"),
         "DRAIN_TIMEOUT": str(drain_timeout),
+        "MAX_PENDING": str(max_pending),
     }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

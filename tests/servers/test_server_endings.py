@@ -370,3 +370,21 @@ def test_daphne_application_close_timeout(tmp_path: Path) -> None:
         server.wait_for("held two RUNNING")
         server.stop()
         assert server.lines("held") == [*ENDED, "two RUNNING", "two ABANDONED"]
+
+
+# Overload
+
+
+def test_uvicorn_limit_concurrency(tmp_path: Path) -> None:
+    """G7: calls that overflow="wait" holds count for uvicorn's --limit-concurrency, which answers 503 then, and recovers."""
+    with serve(H11.with_options("--limit-concurrency", "10"), tmp_path, max_pending=5) as server:
+        statuses = [
+            server.get("/raw/plain" + tasks("one:gated", request=f"{number}")).status_code for number in range(50)
+        ]
+        accepted = statuses.count(200)
+        assert statuses == [200] * accepted + [503] * (25 - accepted)
+        assert 5 < accepted <= 5 + 10
+        for number in range(accepted):
+            server.open_gate(f"{number}.one")
+            server.wait_for(f"{number} one SUCCEEDED")
+        until(lambda: server.get("/raw/plain" + tasks(request="next")).status_code == 200, "uvicorn to recover")
