@@ -32,6 +32,7 @@ from starlette.websockets import WebSocket
 
 import django
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, TaskEvent, tasks_from
+from django import setup
 
 Message = MutableMapping[str, Any]
 
@@ -59,7 +60,9 @@ def observe(event: TaskEvent) -> None:
 
 
 pool = Pool()
-runner = Runner(drain_timeout=float(os.environ.get("DRAIN_TIMEOUT", "15")), observers=[observe])
+runner = Runner(
+    drain_timeout=float(os.environ["DRAIN_TIMEOUT"]), max_pending=int(os.environ["MAX_PENDING"]), observers=[observe]
+)
 
 
 async def pass_gate(name: str) -> None:
@@ -276,7 +279,7 @@ def django_sync(request: HttpRequest) -> HttpResponse:
 
 urlpatterns = [re_path("async$", django_async), re_path("sync$", django_sync)]
 settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="tests", LOGGING_CONFIG=None)
-django.setup()
+setup()
 request_finished.connect(_committed)
 django_app = get_asgi_application()
 
