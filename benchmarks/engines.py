@@ -15,6 +15,7 @@ import uuid
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from timeit import timeit
@@ -94,7 +95,7 @@ def durable() -> None:
             env = {**os.environ, "BROKER_URL": url, "REDIS_URL": REDIS, "PREFIX": prefix, "PLACE": place}
             if engine == "django":
                 env["DJANGO_SETTINGS_MODULE"] = f"{LIVE}.on_django"
-            env["PYTHONPATH"] = str(os.getcwd())
+            env["PYTHONPATH"] = str(Path.cwd())
             if engine in SCHEMA:
                 subprocess.run(SCHEMA[engine], check=True, env=env)
             command = [sys.executable, "-m", "benchmarks.engines", module]
