@@ -3,7 +3,7 @@
 1. The list is in the scope, a copy, and is the current one before the application is called.
 2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one
    is noted before it is forwarded.
-3. A request with tasks is registered before its final message goes out, as a server may shut down right after.
+3. A request is registered from its first task on, as a server may shut down before its call has ended.
 4. Tasks are handed over after the application's call has ended, however it ended.
 """
 
@@ -55,12 +55,13 @@ class DeferredMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
-        if kind == "lifespan" and KEY not in scope:
-            await run_lifespan(self.app, self.runner, scope, receive, send)
-            return
-        if kind not in ("http", "websocket") or (KEY in scope and not scope[KEY]._ended):
-            await self.app(scope, receive, send)
-            return
+        if KEY in scope or kind not in ("http", "websocket"):
+            if kind == "lifespan" and KEY not in scope:
+                await run_lifespan(self.app, self.runner, scope, receive, send)
+                return
+            if kind not in ("http", "websocket") or not scope[KEY]._ended:
+                await self.app(scope, receive, send)
+                return
         tasks = DeferredTasks(self.runner, kind)
 
         def note_and_send(message: Any) -> Any:
@@ -71,20 +72,22 @@ class DeferredMiddleware:
                     return send.hold(message)
                 if not tasks._complete:
                     tasks._start = message
-            elif is_final(tasks._start, message):
+            elif (
+                message["type"] == "http.response.body" and "more_body" not in message and "trailers" not in tasks._start
+            ) or is_final(tasks._start, message):
                 if tasks._durable:
                     send = Barrier.on(send, tasks, note_and_send)
                     return send.hold(message)
                 tasks._complete = True
-                if tasks._tasks:
-                    self.runner._register(tasks)
             return send(message)
 
+        scope = scope.copy()
+        scope[KEY] = tasks
         token = current.set(tasks)
         try:
             if kind == "websocket":
                 receive = _noting(tasks, receive)
-            await self.app({**scope, KEY: tasks}, receive, note_and_send)
+            await self.app(scope, receive, note_and_send)
         except BaseException as exc:
             tasks._error = exc
             if not (isinstance(exc, EnqueueFailed) and tasks._start is UNAVAILABLE):
@@ -102,8 +105,6 @@ def _noting(tasks: DeferredTasks, receive: Any) -> Any:
         message = await receive()
         if is_final(None, message):
             tasks._complete = True
-            if tasks._tasks:
-                tasks._runner._register(tasks)
         return message
 
     return receive_and_note

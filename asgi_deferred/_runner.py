@@ -210,7 +210,7 @@ class Runner:
     # A request ends
 
     def _register(self, tasks: DeferredTasks) -> None:
-        """Let a drain wait for a request that has tasks, and is past its response but not yet returned."""
+        """Let a drain wait for a request that has tasks and has not returned yet."""
         session = self._live
         if session is not None and session.open:
             session.registered.add(tasks)
@@ -308,7 +308,7 @@ class Runner:
             if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
                 tasks._tasks.pop()
                 self._accept_late(tasks, task)
-            elif tasks._complete:
+            else:
                 self._register(tasks)
             self._accepted += 1
             self._unfinished += 1
@@ -329,7 +329,8 @@ class Runner:
                 f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
                 "Add tasks before the response ends, or run the application with a lifespan."
             )
-        if session is tasks._session and tasks._strand is not None and tasks._strand.active:
+        strand = tasks._strand
+        if session is tasks._session and strand is not None and strand.active and strand.queue is not tasks._tasks:
             tasks._tasks.append(task)
         session.add_late(tasks, task)
 

@@ -11,7 +11,7 @@ from functools import partial
 from inspect import CO_COROUTINE, iscoroutine, iscoroutinefunction
 from math import inf
 from time import perf_counter
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from ._completion import WHEN, Outcome, When
@@ -26,6 +26,8 @@ P = ParamSpec("P")
 
 KEY = "asgi_deferred"
 
+_NOT_STARTED: dict[str, Any] = {}
+
 
 class TaskState(Enum):
     """The states of a task: PENDING, RUNNING, then exactly one of the others."""
@@ -38,6 +40,8 @@ class TaskState(Enum):
     SKIPPED = "skipped"
     CANCELLED = "cancelled"
     ABANDONED = "abandoned"
+
+    __hash__ = object.__hash__  # by identity, as they compare; Enum's own is Python code, and tasks are counted by state
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +217,8 @@ class DeferredTasks:
         self._tasks: list[DeferredTask] = []
         self._durable = False
         self._ended = False
-        self._start: Any = None
         self._complete = False
+        self._start: Any = _NOT_STARTED
         self._error: BaseException | None = None
         self._outcome: Outcome | None = None
         self._request = ""
@@ -280,7 +284,7 @@ class DeferredTasks:
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
         if self._outcome is None and self._ended:
-            status = None if self._start is None else self._start["status"]
+            status = self._start.get("status")
             complete = self._complete or (self._type == "websocket" and self._error is None)
             self._outcome = Outcome(self._type, status, complete, self._error)
         return self._outcome
@@ -368,8 +372,8 @@ def tasks_from(source: Any) -> DeferredTasks:
         MiddlewareMissing: The scope has no list, as the application is not wrapped.
         TypeError: `source` is neither a scope nor has one.
     """
-    scope = source if isinstance(source, Mapping) and "type" in source else getattr(source, "scope", None)
-    if not isinstance(scope, Mapping):
+    scope = getattr(source, "scope", source)
+    if not isinstance(scope, (dict, Mapping)):
         raise TypeError(f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}")
     tasks = scope.get(KEY)
     if not isinstance(tasks, DeferredTasks):
@@ -394,7 +398,8 @@ def name_of(func: Any) -> str:
 
 def is_async(func: Any) -> bool:
     """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
-    if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
+    inner = func.__func__ if type(func) is MethodType else func
+    if type(inner) is FunctionType and inner.__code__.co_flags & CO_COROUTINE:
         return True
     func = unwrap_partial(func)
     return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
