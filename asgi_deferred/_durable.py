@@ -57,8 +57,8 @@ class Barrier:
         starts = "status" in message
         tasks._durable = False
         try:
-            start = message if starts else tasks._start
-            await tasks._runner._enqueue_durable(tasks, Outcome("http", start["status"], complete=True))
+            status = (message if starts else tasks._start).get("status")
+            await tasks._runner._enqueue_durable(tasks, Outcome("http", status, complete=True))
         except EnqueueFailed as exc:
             self._refused = tasks._error = exc
             tasks._durable = True  # what follows comes here too, and is never taken for the end of a response
