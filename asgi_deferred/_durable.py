@@ -3,9 +3,9 @@
 1. It stands before the start of a response, and again before its final message, for tasks added in between.
 2. It asks `when` about the outcome to be expected: this status, complete, no error. A task that is not let through
    waits for the request's real end, as any other does.
-3. The first refusal ends it. Before the start, the client gets a 503 from here; after it, the final message is withheld.
-   Either way `send` raises EnqueueFailed, now and for every message after it, and the request is neither complete
-   nor a success, so that the tasks it leaves are skipped unless they ask for failures.
+3. The first refusal ends it. Before the start, the client gets a 503 from here; after it, the final message is
+   withheld. Either way `send` raises EnqueueFailed, now and for every message after it, and the request is neither
+   complete nor a success, so that the tasks it leaves are skipped unless they ask for failures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The middleware: a guard, a closure and a forward.
 
 1. The list is in the scope, a copy, and is the current one before the application is called.
-2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one is noted before it is forwarded.
-3. A request with tasks is registered before its final message goes out, as a server may shut down right after.
+2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one
+   is noted before it is forwarded.
+3. A request is registered from its first task on, as a server may shut down before its call has ended.
 4. Tasks are handed over after the application's call has ended, however it ended.
 """
 
@@ -78,8 +79,6 @@ class DeferredMiddleware:
                     send = Barrier.on(send, tasks, note_and_send)
                     return send.hold(message)
                 tasks._complete = True
-                if tasks._tasks:
-                    self.runner._register(tasks)
             return send(message)
 
         scope = scope.copy()
@@ -106,8 +105,6 @@ def _noting(tasks: DeferredTasks, receive: Any) -> Any:
         message = await receive()
         if is_final(None, message):
             tasks._complete = True
-            if tasks._tasks:
-                tasks._runner._register(tasks)
         return message
 
     return receive_and_note

@@ -210,7 +210,7 @@ class Runner:
     # A request ends
 
     def _register(self, tasks: DeferredTasks) -> None:
-        """Let a drain wait for a request that has tasks, and is past its response but not yet returned."""
+        """Let a drain wait for a request that has tasks and has not returned yet."""
         session = self._live
         if session is not None and session.open:
             session.registered.add(tasks)
@@ -308,7 +308,7 @@ class Runner:
             if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
                 tasks._tasks.pop()
                 self._accept_late(tasks, task)
-            elif tasks._complete:
+            else:
                 self._register(tasks)
             self._accepted += 1
             self._unfinished += 1
@@ -521,13 +521,13 @@ class Runner:
 def _check_durable(tasks: DeferredTasks, task: DeferredTask) -> None:
     if task._call is task.func:
         raise TypeError(
-            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run in this process. "
+            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run here. "
             "Make it a task of an engine, or leave durable out."
         )
     if tasks._type != "http" or tasks._complete or tasks._ended:
         raise DeferredError(
-            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is no "
-            "HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
+            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is "
+            "no HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
         )
 
 

@@ -15,7 +15,7 @@ from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from ._completion import WHEN, Outcome, When
-from ._engines import Engine, recognise
+from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
 
 if TYPE_CHECKING:
@@ -165,6 +165,11 @@ class DeferredTask:
         self.timeout = None if timeout == inf else timeout
         if engine.name is not None:
             self._name = self._name or engine.name(self.func)
+        if self.durable and engine.keeps is not None and engine.keeps(self.func):
+            raise TypeError(
+                f"durable=True stores a job with an engine, and the backend of {self.name!a} keeps it in this process. "
+                "Give the task a backend that stores, or leave durable out."
+            )
 
     @property
     def name(self) -> str:
@@ -221,11 +226,11 @@ class DeferredTasks:
         self._session: Session | None = None
         self._strand: Strand | None = None
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
 
-        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or what
-        `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
+        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or
+        what `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
 
         It sees the context variables of this line. Arguments that do not fit the function are found when
         it runs; the log then names this line.
@@ -286,7 +291,7 @@ class DeferredTasks:
 
     def _add(
         self,
-        func: Callable[..., Any],
+        func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: Options,
@@ -323,7 +328,7 @@ class TaskAdder:
         self._tasks = tasks
         self._options = options
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """As `DeferredTasks.add_task`, with the options."""
         return self._tasks._add(func, args, kwargs, self._options, sys._getframe(1))
 
@@ -348,7 +353,7 @@ def current_tasks() -> DeferredTasks:
     return tasks
 
 
-def defer(func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+def defer(func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
     """Add a task to the current request's list: `current_tasks().add_task(func, *args, **kwargs)`.
 
     Raises:

@@ -246,6 +246,12 @@ async def read(tasks: Annotated[DeferredTasks, Depends(transaction)]) -> int:
     return len(tasks)
 
 
+@fastapi.get("/big")
+async def read_big(_: Annotated[DeferredTasks, Depends(transaction)]) -> Response:
+    note("sending")
+    return Response(b"x" * 50_000_000)  # more than any socket buffers
+
+
 @fastapi.get("/thread")
 def read_in_thread(request: Request) -> int:
     return len(add(request))

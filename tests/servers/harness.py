@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,11 +49,11 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 class Server:
     """A running server: its process, its transcript and its gates."""
 
+    kind: Kind
     process: subprocess.Popen[bytes]
     port: int
     folder: Path
-    tls: ssl.SSLContext | None = None
-    http2: bool = False
+    tls: ssl.SSLContext | None
 
     @property
     def url(self) -> str:
@@ -61,7 +61,7 @@ class Server:
 
     def client(self) -> httpx.Client:
         return httpx.Client(
-            base_url=self.url, verify=self.tls or False, http2=self.http2, http1=not self.http2, timeout=DEADLINE
+            base_url=self.url, verify=self.tls or False, http2=self.kind.tls, http1=not self.kind.tls, timeout=DEADLINE
         )
 
     def connect(self) -> socket.socket:
@@ -73,6 +73,9 @@ class Server:
         except OSError:
             return False
         return True
+
+    def wait_for_log(self, text: str) -> None:
+        until(lambda: text in self.log(), f"{text!r} in the log")
 
     def wait_until_closed(self) -> None:
         until(lambda: not self.accepts(), "the server to close its listening socket")
@@ -185,13 +188,13 @@ def _certificates(folder: Path) -> tuple[ssl.SSLContext, str]:
 
 
 @contextmanager
-def serve(kind: Kind, folder: Path, *, app: str = "app", drain_timeout: float = 15.0) -> Iterator[Server]:
+def serve(kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: float = 15.0) -> Iterator[Server]:
     """Start a server and wait until it answers; at the end make sure that it is gone, and its children with it."""
     port = free_port()
     (folder / "gates").mkdir()
     (folder / "gates" / "hello.txt").write_text("hello")
     (folder / "transcript").touch()
-    command = [part.format(port=port, app=f"tests.servers.apps:{app}") for part in kind.command]
+    command = [part.format(port=port, app=f"tests.servers.{app}") for part in kind.command]
     settings = kind.settings
     client_tls = None
     if kind.tls:
@@ -218,7 +221,7 @@ def serve(kind: Kind, folder: Path, *, app: str = "app", drain_timeout: float = 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(process, port, folder, client_tls, http2=kind.tls)
+    server = Server(kind, process, port, folder, client_tls)
     try:
         until(lambda: process.poll() is not None or server.accepts(), f"{kind} to listen: {server.log()}")
         assert process.poll() is None, server.log()
