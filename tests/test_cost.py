@@ -20,7 +20,7 @@ PYTHON_CALLS = [
     "DeferredMiddleware.__call__.<locals>.note_and_send",  # its body
 ]
 C_CALLS = {"copy": 1, "set": 1, "reset": 1}
-OBJECTS = 8  # the call, the list and its tasks, the scope's copy, the closure and its cells
+OBJECTS = 10  # the call, the list and its tasks, the copy of the scope, the context, the closure and its cells
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
