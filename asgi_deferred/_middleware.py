@@ -71,7 +71,9 @@ class DeferredMiddleware:
                 if not tasks._complete:
                     tasks._start = message
             elif (
-                message["type"] == "http.response.body" and "more_body" not in message and "trailers" not in tasks._start
+                message["type"] == "http.response.body"
+                and "more_body" not in message
+                and "trailers" not in tasks._start
             ) or is_final(tasks._start, message):
                 tasks._complete = True
             return send(message)

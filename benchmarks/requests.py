@@ -25,7 +25,8 @@ from litestar import Litestar, get
 from litestar import Response as LitestarResponse
 from litestar.background_tasks import BackgroundTask as LitestarTask
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask, BackgroundTasks as StarletteTasks
+from starlette.background import BackgroundTask
+from starlette.background import BackgroundTasks as StarletteTasks
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -340,7 +341,9 @@ async def _sync_tasks(rounds: int) -> dict[str, list[float]]:
             await runner.wait_idle()
 
     async with started({"theirs": theirs, "ours": ours}):
-        return await interleave({"Starlette": returning(theirs), "ours in Starlette": run_ours}, rounds, 10, "sync-tasks")
+        return await interleave(
+            {"Starlette": returning(theirs), "ours in Starlette": run_ours}, rounds, 10, "sync-tasks"
+        )
 
 
 def sync_tasks(factor: float) -> Result:
