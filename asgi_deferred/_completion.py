@@ -38,7 +38,9 @@ def is_final(start: Any, message: Any) -> bool:
     """Whether `message` ends a response that began with the message `start` (`None` before one was sent)."""
     kind = message["type"]
     if kind == "http.response.body" or kind in _LIKE_BODY:
-        return not (message.get("more_body") or (start and start.get("trailers")))
+        if message.get("more_body"):
+            return False
+        return not (start and "trailers" in start and start["trailers"])
     if kind == "http.response.trailers":
         return not message.get("more_trailers")
     return kind in ("websocket.close", "websocket.disconnect")

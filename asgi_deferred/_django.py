@@ -13,7 +13,7 @@ from asyncio import shield, wrap_future
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class TaskConnections:
     """Gives a task database connections of its own, and closes them."""
 
-    def __init__(self, task: DeferredTask) -> None:
+    def __init__(self, _: DeferredTask) -> None:
         self._used: list[bool] = []
 
     def __enter__(self) -> None:
@@ -43,7 +43,7 @@ class TaskConnections:
 
     async def __aenter__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "asgi-deferred", self._used.append, (True,))
-        self._sensitive: Any = ThreadSensitiveContext(executor=self._thread)
+        self._sensitive = cast("Any", ThreadSensitiveContext(executor=self._thread))
         await self._sensitive.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
@@ -91,10 +91,10 @@ class DeferredMiddleware(_DeferredMiddleware):
 
 
 def capture_deferred(*, execute: bool = False) -> CaptureDeferred:
-    """Collect what a test defers, with Django's test clients or without: `with capture_deferred() as deferred:`.
+    """Collect what a test defers, with Django's test clients or without, in the list that the block is given.
 
-    None of it runs, unless at the end of the block, which then raises the first task's error. In an async
-    test use `async with`. Tasks run in the test's own thread, so that they see the transaction of a `TestCase`,
+    None of it runs, unless at the end of the block, which then raises the first task's error. Use it by `with`, in
+    an async test by `async with`. Tasks run in the test's own thread, so that they see the transaction of a `TestCase`,
     and `when` is decided by the response that the test client got. Enter it before
     `captureOnCommitCallbacks(execute=True)`, as that runs its callbacks at its end.
 

@@ -83,7 +83,8 @@ class DeferredBackend(ImmediateBackend):
     """Runs a task after the response of the request that enqueued it.
 
     Within a list, a task goes ahead of those of lower priority. Outside a request, where there is no response to
-    wait for, a task runs at once, as with Django's `ImmediateBackend`: in a shell, a management command, a test, under WSGI.
+    wait for, a task runs at once, as with Django's `ImmediateBackend`: in a shell, a management command, a test, or
+    under WSGI.
 
     `OPTIONS`:
         when: As the option of that name. "always" if left out, as a task that was enqueued is expected to run.
@@ -241,11 +242,11 @@ class DeferredBackend(ImmediateBackend):
             value = await result.task.func(*_arguments(result), **result.kwargs)
             _set(result, _return_value=normalize_json(value))
         except BaseException as exc:
-            if self._finish(result, exc):
-                await task_finished.asend(type(self), task_result=result)
-            raise
-        if self._finish(result):
+            self._finish(result, exc)
             await task_finished.asend(type(self), task_result=result)
+            raise
+        self._finish(result)
+        await task_finished.asend(type(self), task_result=result)
 
     def _start(self, result: TaskResult[..., Any]) -> None:
         now = timezone.now()

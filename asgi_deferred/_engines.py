@@ -15,7 +15,29 @@ from functools import partial
 from inspect import Parameter, iscoroutinefunction, signature, unwrap
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeAlias
+
+P = ParamSpec("P")
+
+
+class _Enqueued(Protocol[P]):
+    def __defer_enqueue__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+class _Django(Protocol[P]):
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+class _TaskiqKicker(Protocol[P]):
+    def kiq(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+class _ProcrastinateDeferrer(Protocol[P]):
+    def defer_async(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+
+
+# For type checkers: what is an engine's task without being callable.
+EngineTask: TypeAlias = _Enqueued[P] | _Django[P] | _TaskiqKicker[P] | _ProcrastinateDeferrer[P]
 
 
 def _itself(task: Any) -> Any:
@@ -29,6 +51,7 @@ class Engine(NamedTuple):
     local: Callable[[Any], Callable[..., Any]] = _itself
     name: Callable[[Any], str] | None = None
     refuse: Callable[[Any], None] | None = None
+    keeps: Callable[[Any], bool] | None = None  # in this process, where durable would be a lie
 
 
 _PLAIN = frozenset({FunctionType, MethodType, BuiltinFunctionType, type})
@@ -149,15 +172,18 @@ async def _streaq(task: Any, /, *args: Any, **kwargs: Any) -> None:
 
 
 def _django(task: Any, /, *args: Any, **kwargs: Any) -> None:
-    close_old_connections = sys.modules["django.db"].close_old_connections
-    close_old_connections()
     try:
         task.enqueue(*args, **kwargs)
     finally:
-        close_old_connections()
+        sys.modules["django.db"].connections.close_all()  # those of this thread, which ends without Django's knowing
 
 
-_DJANGO = Engine(_django, attrgetter("func"), attrgetter("module_path"))
+def _django_keeps(task: Any) -> bool:
+    ours = sys.modules.get("asgi_deferred._django_tasks")
+    return ours is not None and isinstance(task.get_backend(), ours.DeferredBackend)
+
+
+_DJANGO = Engine(_django, attrgetter("func"), attrgetter("module_path"), keeps=_django_keeps)
 
 _KNOWN: dict[tuple[str, str], Engine] = {
     ("taskiq.decor", "AsyncTaskiqDecoratedTask"): Engine(_taskiq, attrgetter("original_func"), attrgetter("task_name")),

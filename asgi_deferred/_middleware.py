@@ -1,7 +1,8 @@
 """The middleware: a guard, a closure and a forward.
 
 1. The list is in the scope, a copy, and is the current one before the application is called.
-2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one is noted before it is forwarded.
+2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one
+   is noted before it is forwarded.
 3. A request is registered from its first task on, as a server may shut down before its call has ended.
 4. Tasks are handed over after the application's call has ended, however it ended.
 """
@@ -13,7 +14,7 @@ from types import NoneType
 from typing import Any, Protocol
 
 from ._completion import is_final
-from ._durable import UNAVAILABLE, Barrier
+from ._durable import UNAVAILABLE, hold
 from ._exceptions import EnqueueFailed
 from ._lifespan import run_lifespan
 from ._runner import Runner, request_line
@@ -54,34 +55,36 @@ class DeferredMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
-        if kind == "lifespan" and KEY not in scope:
-            await run_lifespan(self.app, self.runner, scope, receive, send)
-            return
-        if kind not in ("http", "websocket") or (KEY in scope and not scope[KEY]._ended):
-            await self.app(scope, receive, send)
-            return
+        if KEY in scope or kind not in ("http", "websocket"):
+            if kind == "lifespan" and KEY not in scope:
+                await run_lifespan(self.app, self.runner, scope, receive, send)
+                return
+            if kind not in ("http", "websocket") or not scope[KEY]._ended:
+                await self.app(scope, receive, send)
+                return
         tasks = DeferredTasks(self.runner, kind)
 
         def note_and_send(message: Any) -> Any:
-            nonlocal send
+            if tasks._durable:
+                return hold(tasks, send, message)
             if "status" in message:
-                if tasks._durable:
-                    send = Barrier.on(send, tasks, note_and_send)
-                    return send.hold(message)
                 if not tasks._complete:
                     tasks._start = message
-            elif is_final(tasks._start, message):
-                if tasks._durable:
-                    send = Barrier.on(send, tasks, note_and_send)
-                    return send.hold(message)
+            elif (
+                message["type"] == "http.response.body"
+                and "more_body" not in message
+                and "trailers" not in tasks._start
+            ) or is_final(tasks._start, message):
                 tasks._complete = True
             return send(message)
 
+        scope = scope.copy()
+        scope[KEY] = tasks
         token = current.set(tasks)
         try:
             if kind == "websocket":
                 receive = _noting(tasks, receive)
-            await self.app({**scope, KEY: tasks}, receive, note_and_send)
+            await self.app(scope, receive, note_and_send)
         except BaseException as exc:
             tasks._error = exc
             if not (isinstance(exc, EnqueueFailed) and tasks._start is UNAVAILABLE):

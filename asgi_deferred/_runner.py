@@ -329,7 +329,8 @@ class Runner:
                 f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
                 "Add tasks before the response ends, or run the application with a lifespan."
             )
-        if session is tasks._session and tasks._strand is not None and tasks._strand.active:
+        strand = tasks._strand
+        if session is tasks._session and strand is not None and strand.active and strand.queue is not tasks._tasks:
             tasks._tasks.append(task)
         session.add_late(tasks, task)
 
@@ -520,13 +521,13 @@ class Runner:
 def _check_durable(tasks: DeferredTasks, task: DeferredTask) -> None:
     if task._call is task.func:
         raise TypeError(
-            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run in this process. "
+            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run here. "
             "Make it a task of an engine, or leave durable out."
         )
     if tasks._type != "http" or tasks._complete or tasks._ended:
         raise DeferredError(
-            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is no "
-            "HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
+            f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is "
+            "no HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
         )
 
 

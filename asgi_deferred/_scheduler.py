@@ -10,7 +10,10 @@
    line that added it, or a run of sync tasks in one hop to a thread. No worker runs a user's code before it has
    yielded to the event loop, so nothing of the user's runs inside `add_task` or the ASGI call.
    Engines' tasks take no slot when a response waits for them, or when the drain starts: nothing may hold those up.
-5. `pump` runs on the event loop's thread only. Other threads reach it through `soon`, which never blocks.
+5. While a session has strands ready, one of its workers *attends*: it takes the next of them before it waits for
+   anything. When a unit of its own makes it wait, another is summoned first. So strands wait for no other strand,
+   and tasks that never wait share one worker's turn.
+6. `pump` runs on the event loop's thread only. Other threads reach it through `soon`, which never blocks.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ logger = getLogger("asgi_deferred")
 sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
 
 MAX_IDLE_WORKERS = 16
+UNITS_IN_A_TURN = 16  # then the event loop's other tasks have theirs
 
 
 def soon_here() -> Callable[..., None]:
@@ -71,8 +75,13 @@ def soon_here() -> Callable[..., None]:
 
 
 @coroutine
-def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-    """Await `coro`, each of its steps in `context` but in the current task, whose scopes and timeouts it keeps."""
+def in_context(
+    context: Context, coro: Coroutine[Any, Any, None], before_waiting: Callable[[], object]
+) -> Generator[Any, Any, None]:
+    """Await `coro`, each of its steps in `context` but in the current task, whose scopes and timeouts it keeps.
+
+    `before_waiting` is called each time that the task is about to wait.
+    """
     step: Callable[[Any], Any] = coro.send
     value: Any = None
     while True:
@@ -80,6 +89,7 @@ def in_context(context: Context, coro: Coroutine[Any, Any, None]) -> Generator[A
             trap = context.run(step, value)
         except StopIteration:
             return
+        before_waiting()
         try:
             value = yield trap
             step = coro.send
@@ -102,20 +112,34 @@ def torn_down() -> bool:
 class Strand:
     """Tasks that run one at a time, in order (rule 1)."""
 
-    __slots__ = ("active", "current", "freed", "queue", "session")
+    __slots__ = ("active", "current", "freed", "position", "queue", "session")
 
     def __init__(self, session: Session, tasks: list[DeferredTask]) -> None:
         self.session = session
-        self.queue = deque(tasks)
+        self.queue = tasks
+        self.position = 0
         self.current: DeferredTask | None = None
         self.freed: Event | None = None
         self.active = True
 
     def head(self) -> DeferredTask | None:
         """Return the next task that is still PENDING. Under the runner's lock."""
-        while self.queue and self.queue[0].state is not TaskState.PENDING:
-            self.queue.popleft()
-        return self.queue[0] if self.queue else None
+        while self.position < len(self.queue):
+            task = self.queue[self.position]
+            if task.state is TaskState.PENDING:
+                return task
+            self.position += 1
+        return None
+
+    def rest(self) -> list[DeferredTask]:
+        """Return what was not taken yet."""
+        return self.queue[self.position :]
+
+    def take(self) -> DeferredTask:
+        """Make the head the current task. Under the runner's lock."""
+        self.current = self.queue[self.position]
+        self.position += 1
+        return self.current
 
 
 class Scheduler:
@@ -158,7 +182,7 @@ class Scheduler:
                     self.parked.append(strand)
                     return False
                 self.threads -= 1
-            strand.current = strand.queue.popleft()
+            strand.take()
             return True
 
     def release(self, strand: Strand) -> None:
@@ -181,7 +205,7 @@ class Scheduler:
         """Let an engine's task end, past all that waits for a slot or a thread."""
         runner = self.runner
         if task._async:
-            await in_context(task._context, runner._run_async(task))
+            await in_context(task._context, runner._run_async(task), lambda: None)
             return
         returned: list[Awaitable[Any] | None] = []
         done = Event()
@@ -208,14 +232,12 @@ class Scheduler:
             runner._time_out(task)
         elif returned[0] is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            await in_context(task._context, runner._run_awaitable(task, returned[0], left))
+            await in_context(task._context, runner._run_awaitable(task, returned[0], left), lambda: None)
 
     def put_back(self, strand: Strand) -> None:
-        """Undo a claim whose task was not begun."""
-        task = cast("DeferredTask", strand.current)
-        if not task._async:
+        """Let go of a strand that was claimed in a session that ended before the task was begun."""
+        if not cast("DeferredTask", strand.current)._async:
             self.threads += 1
-        strand.queue.appendleft(task)
         self.release(strand)
 
     def thread_done(self, hop: Hop) -> None:
@@ -250,7 +272,7 @@ class Hop:
                 if alone or following is None or following._async or following.timeout:
                     self.finished = True
                 else:
-                    self.task = self.strand.current = self.strand.queue.popleft()
+                    self.task = self.strand.take()
         if self.abandoned:
             self.discard()
 
@@ -267,44 +289,52 @@ class Hop:
 
 
 class Worker:
-    """A pooled task that runs what its session dispatches to it (rule 4)."""
+    """A pooled task that runs what its session has ready (rules 4 and 5)."""
 
-    __slots__ = ("session", "strand", "woken")
+    __slots__ = ("session", "summons")
 
-    def __init__(self, session: Session, strand: Strand) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
-        self.strand: Strand | None = strand
-        self.woken: Event | None = None
+        self.summons = Semaphore(0)
 
     async def run(self) -> None:
-        session, scheduler = self.session, self.session.scheduler
+        session, scheduler, runner = self.session, self.session.scheduler, self.session.runner
         try:
             host = asyncio.current_task()
         except RuntimeError:  # trio
             host = None
         try:
             await checkpoint()
-            while self.strand is not None:
-                strand, self.strand = self.strand, None
-                try:
-                    await session.run_unit(strand)
-                finally:
-                    scheduler.release(strand)
-                if host is not None and host.cancelling():
-                    # The user's code cancelled this very task. The next one must not pay for it, nor the group.
-                    with suppress(get_cancelled_exc_class()):
+            while True:
+                units = 0
+                while session.ready:
+                    strand = session.ready.popleft()
+                    task: Any = strand.current
+                    try:
+                        if task._async:
+                            run = runner._run_async(task)
+                            await in_context(task._context, run, self.before_waiting)
+                        else:
+                            await session.run_in_thread(strand, self)
+                    finally:
+                        scheduler.release(strand)
+                    if host is not None and host.cancelling():
+                        # The user's code cancelled this very task. The next one must not pay for it, nor the group.
+                        with suppress(get_cancelled_exc_class()):
+                            await checkpoint()
+                        return
+                    if session.attendant is None:
+                        session.attendant = self
+                    scheduler.pump()
+                    units += 1
+                    if session.ready and units % UNITS_IN_A_TURN == 0:
                         await checkpoint()
-                    break
-                if scheduler.waiting:
-                    await checkpoint()
+                if session.attendant is self:
+                    session.attendant = None
+                if len(session.idle) == MAX_IDLE_WORKERS:
+                    return
                 session.idle.append(self)
-                scheduler.pump()
-                if self.strand is None and len(session.idle) > MAX_IDLE_WORKERS:
-                    session.idle.remove(self)
-                elif self.strand is None:
-                    self.woken = Event()
-                    await self.woken.wait()
-                    self.woken = None
+                await self.summons.acquire()
         except BaseException as exc:
             if not torn_down() and isinstance(exc, get_cancelled_exc_class()):
                 return  # the user's code cancelled this task after its own had ended
@@ -313,9 +343,16 @@ class Worker:
         finally:
             if self in session.idle:
                 session.idle.remove(self)
-            if self.strand is not None:
-                scheduler.put_back(self.strand)
+            self.before_waiting()
             scheduler.pump()
+
+    def before_waiting(self) -> None:
+        """Let another worker attend."""
+        session = self.session
+        if session.attendant is self:
+            session.attendant = None
+            if session.ready and not session.cancelled:
+                session.summon()
 
 
 class Session:
@@ -328,7 +365,9 @@ class Session:
         self.runner = scheduler.runner
         self.open = True
         self.cancelled = False
+        self.ready: deque[Strand] = deque()
         self.idle: list[Worker] = []
+        self.attendant: Worker | None = None
         self.strands: set[Strand] = set()
         self.registered: set[DeferredTasks] = set()
         self.scope = CancelScope(shield=shield)
@@ -419,10 +458,12 @@ class Session:
         """Split what waits for its engine off each strand. Under the runner's lock."""
         taken = []
         for strand in strands:
-            tasks = [task for task in strand.queue if task._call is not task.func]
+            queue = strand.rest()
+            tasks = [task for task in queue if task._call is not task.func]
             if tasks:
                 taken.append(rest := Strand(self, tasks))
-                strand.queue = deque(task for task in strand.queue if task._call is task.func)
+                strand.queue = [task for task in queue if task._call is task.func]
+                strand.position = 0
                 if strand.current is not None and strand.current._call is not strand.current.func:
                     strand.freed = rest.freed = Event()
         self.strands.update(taken)
@@ -437,12 +478,12 @@ class Session:
             await strand.freed.wait()  # the one before it, which is being enqueued
         while True:
             with self.runner._lock:
-                strand.current = strand.head()
-                if strand.current is None:
+                if strand.head() is None:
+                    strand.current = None
                     self.retire(strand)
                     return
-                strand.queue.popleft()
-            await self.scheduler.enqueue(strand.current)
+                task = strand.take()
+            await self.scheduler.enqueue(task)
 
     def retire(self, strand: Strand) -> None:
         """Let go of a strand that has nothing left to run. Under the runner's lock."""
@@ -456,24 +497,27 @@ class Session:
             self._settled.set()
 
     def dispatch(self, strand: Strand) -> None:
-        if self.idle:
-            worker = self.idle.pop()
-            worker.strand = strand
-            if worker.woken is not None:
-                worker.woken.set()
-        else:
-            # In the session's context: a worker outlives the request that happened to need it.
-            self._context.run(self.group.start_soon, Worker(self, strand).run)
+        self.ready.append(strand)
+        if self.attendant is None:
+            self.summon()
 
-    async def run_unit(self, strand: Strand) -> None:
+    def summon(self) -> None:
+        """Make an idle worker, or a new one, attend."""
+        if self.idle:
+            self.attendant = self.idle.pop()
+            self.attendant.summons.release()
+        else:
+            self.attendant = Worker(self)
+            # In the session's context: a worker outlives the request that happened to need it.
+            self._context.run(self.group.start_soon, self.attendant.run)
+
+    async def run_in_thread(self, strand: Strand, worker: Worker) -> None:
         task = strand.current
         assert task is not None
-        if task._async:
-            await in_context(task._context, self.runner._run_async(task))
-            return
         hop = Hop(strand, task)
         started = current_time()
         self.runner._threads.start(hop.run, partial(self.scheduler.soon, self.scheduler.thread_done, hop))
+        worker.before_waiting()
         try:
             with move_on_after(task.timeout):
                 await hop.done.wait()
@@ -486,10 +530,11 @@ class Session:
             self.runner._time_out(hop.task)
         elif hop.awaitable is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            await in_context(hop.task._context, self.runner._run_awaitable(hop.task, hop.awaitable, left))
+            run = self.runner._run_awaitable(hop.task, hop.awaitable, left)
+            await in_context(hop.task._context, run, worker.before_waiting)
 
     def _unfinished(self) -> list[DeferredTask]:
-        tasks = [task for strand in self.strands for task in (strand.current, *strand.queue) if task is not None]
+        tasks = [task for strand in self.strands for task in (strand.current, *strand.rest()) if task is not None]
         tasks += [task for registered in self.registered for task in registered]
         return [task for task in tasks if task.state in (TaskState.PENDING, TaskState.RUNNING)]
 
@@ -503,6 +548,8 @@ class Session:
             self.open = False
             self.cancelled = True
             left = self._unfinished()
+        while self.ready:
+            self.scheduler.put_back(self.ready.popleft())
         for task in left:
             self.runner._finish_outside(task, TaskState.ABANDONED)
         with self.runner._lock:

@@ -11,11 +11,11 @@ from functools import partial
 from inspect import CO_COROUTINE, iscoroutine, iscoroutinefunction
 from math import inf
 from time import perf_counter
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from ._completion import WHEN, Outcome, When
-from ._engines import Engine, recognise
+from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 KEY = "asgi_deferred"
+
+_NOT_STARTED: dict[str, Any] = {}
 
 
 class TaskState(Enum):
@@ -38,6 +40,10 @@ class TaskState(Enum):
     SKIPPED = "skipped"
     CANCELLED = "cancelled"
     ABANDONED = "abandoned"
+
+    __hash__ = (
+        object.__hash__
+    )  # by identity, as they compare; Enum's own is Python code, and tasks are counted by state
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +167,11 @@ class DeferredTask:
         self.timeout = None if timeout == inf else timeout
         if engine.name is not None:
             self._name = self._name or engine.name(self.func)
+        if self.durable and engine.keeps is not None and engine.keeps(self.func):
+            raise TypeError(
+                f"durable=True stores a job with an engine, and the backend of {self.name!a} keeps it in this process. "
+                "Give the task a backend that stores, or leave durable out."
+            )
 
     @property
     def name(self) -> str:
@@ -208,8 +219,8 @@ class DeferredTasks:
         self._tasks: list[DeferredTask] = []
         self._durable = False
         self._ended = False
-        self._start: Any = None
         self._complete = False
+        self._start: Any = _NOT_STARTED
         self._error: BaseException | None = None
         self._outcome: Outcome | None = None
         self._request = ""
@@ -217,11 +228,11 @@ class DeferredTasks:
         self._session: Session | None = None
         self._strand: Strand | None = None
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
 
-        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or what
-        `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
+        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or
+        what `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
 
         It sees the context variables of this line. Arguments that do not fit the function are found when
         it runs; the log then names this line.
@@ -275,14 +286,14 @@ class DeferredTasks:
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
         if self._outcome is None and self._ended:
-            status = None if self._start is None else self._start["status"]
+            status = self._start.get("status")
             complete = self._complete or (self._type == "websocket" and self._error is None)
             self._outcome = Outcome(self._type, status, complete, self._error)
         return self._outcome
 
     def _add(
         self,
-        func: Callable[..., Any],
+        func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: Options,
@@ -319,7 +330,7 @@ class TaskAdder:
         self._tasks = tasks
         self._options = options
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """As `DeferredTasks.add_task`, with the options."""
         return self._tasks._add(func, args, kwargs, self._options, sys._getframe(1))
 
@@ -344,7 +355,7 @@ def current_tasks() -> DeferredTasks:
     return tasks
 
 
-def defer(func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+def defer(func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
     """Add a task to the current request's list: `current_tasks().add_task(func, *args, **kwargs)`.
 
     Raises:
@@ -363,8 +374,8 @@ def tasks_from(source: Any) -> DeferredTasks:
         MiddlewareMissing: The scope has no list, as the application is not wrapped.
         TypeError: `source` is neither a scope nor has one.
     """
-    scope = source if isinstance(source, Mapping) and "type" in source else getattr(source, "scope", None)
-    if not isinstance(scope, Mapping):
+    scope = getattr(source, "scope", source)
+    if not isinstance(scope, (dict, Mapping)):
         raise TypeError(f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}")
     tasks = scope.get(KEY)
     if not isinstance(tasks, DeferredTasks):
@@ -389,7 +400,8 @@ def name_of(func: Any) -> str:
 
 def is_async(func: Any) -> bool:
     """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
-    if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE:
+    inner = func.__func__ if type(func) is MethodType else func
+    if type(inner) is FunctionType and inner.__code__.co_flags & CO_COROUTINE:
         return True
     func = unwrap_partial(func)
     return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004

@@ -1,8 +1,8 @@
 """Engines: when one machine is not enough.
 
-`add_task` with a task object of taskiq, Celery, dramatiq, huey, procrastinate, streaq or Django's task framework enqueues
-it after the response instead of running it in this process, and `options(durable=True)` enqueues it before the
-response starts. For other engines there are two ways: a class of one's own with a method
+`add_task` with a task object of taskiq, Celery, dramatiq, huey, procrastinate, streaq or Django's task framework
+enqueues it after the response instead of running it in this process, and `options(durable=True)` enqueues it before
+the response starts. For other engines there are two ways: a class of one's own with a method
 `__defer_enqueue__(self, *args, **kwargs)`, `def` or `async def`, or `register()` for somebody else's class.
 """
 

@@ -1,4 +1,7 @@
-"""arq: its worker knows functions by name, so a decorator is enough; the pool belongs to the event loop."""
+"""arq: its worker knows functions by name, so a decorator is enough; the pool belongs to the event loop.
+
+`tasks.add_task(OnArq(send_report), user_id)`
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,3 @@ class OnArq:
 
     async def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> None:
         await self.pool.enqueue_job(self.function.__name__, *args, **kwargs)
-
-
-# tasks.add_task(OnArq(send_report), user_id)

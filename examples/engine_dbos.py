@@ -1,4 +1,7 @@
-"""DBOS: a workflow is a plain function, which would run here; on a queue it is stored first, and survives a crash."""
+"""DBOS: a workflow is a plain function, which would run here; on a queue it is stored first, and survives a crash.
+
+`tasks.add_task(OnDBOS(send_report), user_id)`
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,3 @@ class OnDBOS:
 
     def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> None:
         self.queue.enqueue(self.workflow, *args, **kwargs)
-
-
-# tasks.add_task(OnDBOS(send_report), user_id)

@@ -1,4 +1,7 @@
-"""RQ: any function on a queue; called directly it runs here, given to `add_task` it is enqueued."""
+"""RQ: any function on a queue; called directly it runs here, given to `add_task` it is enqueued.
+
+`tasks.add_task(OnRQ(send_report), user_id)`
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,3 @@ class OnRQ:
 
     def __defer_enqueue__(self, *args: Any, **kwargs: Any) -> None:
         queue.enqueue(self.function, args=args, kwargs=kwargs)
-
-
-# tasks.add_task(OnRQ(send_report), user_id)

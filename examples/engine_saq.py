@@ -1,4 +1,7 @@
-"""SAQ: jobs are names with keyword arguments, so a job is a small object and `register()` says what to do with it."""
+"""SAQ: jobs are names with keyword arguments, so a job is a small object and `register()` says what to do with it.
+
+`tasks.add_task(SaqJob("send_report"), user_id=user_id)`
+"""
 
 from __future__ import annotations
 
@@ -26,5 +29,3 @@ async def enqueue(job: SaqJob, **kwargs: Any) -> None:
 
 
 register(SaqJob, enqueue)
-
-# tasks.add_task(SaqJob("send_report"), user_id=user_id)

@@ -32,7 +32,7 @@ def test_closing_runs_the_cleanup_of_a_waiting_task_in_its_context() -> None:
             raise RuntimeError("in the cleanup")
 
     async def host() -> None:
-        await in_context(copy_context(), task())
+        await in_context(copy_context(), task(), lambda: None)
 
     hosted = host()
     assert hosted.send(None) == "trap"

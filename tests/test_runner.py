@@ -105,7 +105,7 @@ async def test_a_failing_task_fails_alone(
 async def test_arguments_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     """G3: arguments hold secrets, so neither the log nor a repr shows them; wrong ones are found at the call."""
     caplog.set_level(logging.DEBUG, "asgi_deferred")
-    tasks = await run(Runner(), lambda tasks: tasks.add_task(fail_async, ValueError(), password="hunter2"))  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    tasks = await run(Runner(), lambda tasks: tasks.add_task(fail_async, ValueError(), password="hunter2"))  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue]
     (task,) = tasks
     assert isinstance(task.error, TypeError)
     assert "unexpected keyword argument 'password'" in str(task.error)

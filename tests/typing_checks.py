@@ -101,13 +101,13 @@ def a_functions_own_parameters_are_checked(tasks: DeferredTasks) -> None:
     defer(Mailer().send, to="a@b.c")
     defer(lambda: None)
 
-    tasks.add_task(send)  # type: ignore[call-arg]
+    tasks.add_task(send)  # type: ignore[arg-type]
     tasks.add_task(send, 1)  # type: ignore[arg-type]
-    tasks.add_task(send, "a@b.c", when="always")  # type: ignore[call-arg]
+    tasks.add_task(send, "a@b.c", when="always")  # type: ignore[arg-type]
     tasks.add_task(charge(1, 2))  # type: ignore[arg-type]
     tasks.add_task(None)  # type: ignore[arg-type]
     defer(charge, "1", 2)  # type: ignore[arg-type]
-    defer(charge, 1, 2, 3)  # type: ignore[call-arg]
+    defer(charge, 1, 2, 3)  # type: ignore[arg-type]
     defer(Mailer().send, 1)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,8 @@
 Import it before anything that needs Django's settings.
 """
 
+# ruff: noqa: E402 - Django is set up between imports
+
 from __future__ import annotations
 
 import atexit
@@ -14,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from anyio import Event, create_task_group
-from django.apps import apps
 
 import django
 from asgi_deferred import Runner
 
-if not apps.ready:
-    _folder = tempfile.TemporaryDirectory()
-    atexit.register(_folder.cleanup)
-    os.environ["DJPROJECT_SQLITE"] = str(Path(_folder.name) / "db.sqlite3")
-    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django.djproject.settings"
-    django.setup()
+_folder = tempfile.TemporaryDirectory()
+atexit.register(_folder.cleanup)
+os.environ["DJPROJECT_SQLITE"] = str(Path(_folder.name) / "db.sqlite3")
+os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django.djproject.settings"
+django.setup()
 
 from django.core.handlers.asgi import ASGIHandler
 from django.core.management import call_command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from threading import Event, get_ident
 from typing import Any
@@ -20,6 +20,7 @@ from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_ta
 
 from . import dj
 from .djproject import views
+from .djproject.journal import journal
 from .djproject.models import Entry
 
 pytestmark = pytest.mark.anyio
@@ -28,11 +29,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(params=["asyncio", "uvloop"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": request.param == "uvloop"}
-
-
-@pytest.fixture(autouse=True)
-async def _empty(anyio_backend: object) -> None:
-    await Entry.objects.all().adelete()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +73,7 @@ async def test_lifespan() -> None:
     async with dj.lifespan(app) as sent:
         assert await dj.request(app, "/async_view") == ["200", "sent"]
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
-    assert dj.journal == ["200", "sent", "task"]
+    assert journal == ["200", "sent", "task"]
 
 
 async def websocket(app: Any, received: list[str]) -> list[str]:
@@ -107,12 +103,12 @@ async def test_websocket_passed() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "websocket.accept"})
-        defer(dj.journal.append, "task")
+        defer(journal.append, "task")
         await send({"type": "websocket.close"})
 
-    dj.journal.clear()
+    journal.clear()
     assert await websocket(dj.wrapped(app=app), []) == ["websocket.accept", "websocket.close"]
-    assert dj.journal == ["task"]
+    assert journal == ["task"]
 
 
 async def test_websocket_error() -> None:
@@ -132,6 +128,7 @@ opened: list[sqlite3.Connection] = []
 def opens() -> None:
     Entry.objects.exists()
     opened.append(connection.connection)
+    assert is_open(opened[-1])
 
 
 async def aopens() -> None:
@@ -237,7 +234,7 @@ async def test_around_of_the_user() -> None:
         seen.append(f"{task.name} {Entry.objects.count()}")
 
     @asynccontextmanager
-    async def aaround(task: DeferredTask) -> Any:
+    async def aaround(task: DeferredTask) -> AsyncIterator[None]:
         yield
         seen.append(f"{task.name} {await Entry.objects.acount()}")
 

@@ -35,6 +35,7 @@ from asgi_deferred import _django_tasks as module
 
 from .djproject import jobs, views
 from .djproject.journal import journal
+from .djproject.models import Entry
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +54,7 @@ def signals() -> Iterator[list[str]]:
     names = {task_enqueued: "enqueued", task_started: "started", task_finished: "finished"}
 
     def receive(signal: Any, sender: type, task_result: TaskResult[..., Any], **_: Any) -> None:
-        views.Entry.objects.exists()
+        Entry.objects.exists()
         seen.append(f"{sender.__name__} {names[signal]} {task_result.status}")
 
     for signal in names:
@@ -255,12 +256,13 @@ released = threading.Event()
 
 
 @task
-def outlives() -> int:
+def outlives(error: bool) -> int:
     released.wait(30)
-    return 1
+    return 1 // (not error)
 
 
-async def test_timed_out() -> None:
+@pytest.mark.parametrize("error", [False, True])
+async def test_timed_out(error: bool) -> None:
     """G2: a task whose thread goes on after its timeout ends once, FAILED."""
     ended = Event()
     seen: list[TaskState] = []
@@ -280,7 +282,7 @@ async def test_timed_out() -> None:
     task_finished.connect(receive)
     try:
         async with runner:
-            result = outlives.enqueue()
+            result = outlives.enqueue(error)
             with fail_after(30):
                 await ended.wait()
             released.set()
@@ -304,8 +306,8 @@ async def test_outside_a_request(name: str, signals: list[str]) -> None:
         f"DeferredBackend {state}" for state in ("enqueued READY", "started RUNNING", "finished SUCCESSFUL")
     ]
     assert (await jobs.add.using(backend=name).aget_result(result.id)).return_value == 3
-    result = await jobs.aadd.using(backend=name).aenqueue(1, 2)
-    assert (result.status, result.return_value, journal) == (SUCCESSFUL, 3, ["add 1 2", "aadd 1 2 of 0"])
+    aresult: TaskResult[..., Any] = await jobs.aadd.using(backend=name).aenqueue(1, 2)
+    assert (aresult.status, aresult.return_value, journal) == (SUCCESSFUL, 3, ["add 1 2", "aadd 1 2 of 0"])
 
 
 async def test_middleware_missing() -> None:
@@ -372,7 +374,7 @@ def test_djangos_own_rules() -> None:
     with pytest.raises(InvalidTask, match="priority must be a whole number"):
         jobs.add.using(priority=101)
     with pytest.raises(InvalidTask, match="first argument of 'context'"):
-        task(takes_context=True)(make_local)
+        task(takes_context=True)(make_local)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("argument", [object(), {1, 2}, b"\xff"])

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 ROOT = Path(__file__).parents[2]
 REDIS = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
@@ -101,8 +102,8 @@ def redis_server(port: int, place: Path) -> Iterator[subprocess.Popen[bytes]]:
 def database(name: str) -> Iterator[str]:
     """Make a database of the test's own; yield its URL."""
     with psycopg.connect(need(POSTGRES), dbname="postgres", autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]
+        connection.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
         try:
             yield f"{POSTGRES}/{name}"
         finally:
-            connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[call-overload]
+            connection.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))

@@ -13,6 +13,9 @@ import redis
 from .services import free_port, redis_server, wait_until, web
 
 
+pytestmark = pytest.mark.servers
+
+
 @pytest.mark.parametrize("engine", ["taskiq", "celery", "dramatiq", "huey"])
 def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
     """G2, G11: 202 only if every durable job was stored, else 503: through a pause, a kill between two, an outage, a restart."""
@@ -24,12 +27,14 @@ def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
     def submit(query: str) -> tuple[int, list[str]]:
         response = client.post(f"/submit?{query}")
         assert (response.status_code == 503) == ("retry-after" in response.headers)
-        wait_until(
-            lambda: told.extend(client.get("/tell").json()) or len(told) > query.count("token"), "the tasks' ends"
-        )
-        lines = [*told]
-        told.clear()
-        return response.status_code, lines
+        told: list[str] = []
+
+        def all_told() -> bool:
+            told.extend(client.get("/tell").json())
+            return len(told) > query.count("token")
+
+        wait_until(all_told, "the tasks' ends")
+        return response.status_code, told
 
     def back_again() -> bool:
         return submit("durable&token=1") == (202, ["job SUCCEEDED", "plain SUCCEEDED"])
@@ -39,9 +44,8 @@ def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
             engine
         ]
         with redis.Redis.from_url(url) as broker:
-            return int(broker.xlen(key) if engine == "taskiq" else broker.llen(key))  # type: ignore[arg-type]
+            return int(broker.xlen(key) if engine == "taskiq" else broker.llen(key))
 
-    told: list[str] = []
     with redis_server(port, tmp_path) as broker, web(tmp_path, **env) as (address, _):
         with httpx.Client(base_url=address, timeout=30) as client:
             assert submit("durable&token=1&token=2") == (202, ["job SUCCEEDED"] * 2 + ["plain SUCCEEDED"])

@@ -16,8 +16,8 @@ import pytest
 import redis
 
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner
+from tests.support import Log, request, responder
 
-from ..support import Log, request, responder
 from .services import REDIS, ROOT, database, free_port, need, redis_server, wait_until, web
 
 done: list[Any] = []
@@ -88,7 +88,7 @@ def test_arq(name: str) -> None:
         assert await serve(OnArq(report_arq), 1) == STORED_FIRST
         assert done == []
         worker = Worker(
-            [func(report_arq, name="report_arq")],  # type: ignore[arg-type]
+            [func(report_arq, name="report_arq")],
             queue_name=name,
             redis_pool=OnArq.pool,
             burst=True,

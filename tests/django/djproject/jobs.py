@@ -30,13 +30,13 @@ def careful(a: int) -> int:
 
 
 @task(takes_context=True)
-def attempt(context: TaskContext, text: str) -> list[Any]:
+def attempt(context: TaskContext[..., Any], text: str) -> list[Any]:
     assert context.task_result.status == TaskResultStatus.RUNNING
     return [text, context.attempt, context.task_result.id]
 
 
 @task(takes_context=True)
-async def aattempt(context: TaskContext, text: str) -> list[Any]:
+async def aattempt(context: TaskContext[..., Any], text: str) -> list[Any]:
     assert context.task_result.status == TaskResultStatus.RUNNING
     return [text, context.attempt, context.task_result.id]
 

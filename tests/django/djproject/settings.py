@@ -1,4 +1,4 @@
-"""SQLite in the file named by DJPROJECT_SQLITE, or the PostgreSQL database at DATABASE_URL."""
+"""SQLite in the file named by DJPROJECT_SQLITE, or the PostgreSQL database at DJPROJECT_POSTGRES."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DEFAULT: dict[str, Any] = {
     "NAME": os.environ.get("DJPROJECT_SQLITE", "unused.sqlite3"),
     "OPTIONS": {"timeout": 30, "transaction_mode": "IMMEDIATE"},
 }
-if "DATABASE_URL" in os.environ:
-    url = urlsplit(os.environ["DATABASE_URL"])
+if "DJPROJECT_POSTGRES" in os.environ:
+    url = urlsplit(os.environ["DJPROJECT_POSTGRES"])
     DEFAULT = {
         "ENGINE": "django.db.backends.postgresql",
         "HOST": url.hostname,
@@ -38,6 +38,7 @@ DATABASES = {"default": DEFAULT}
 if django.VERSION >= (6, 0):
     TASKS = {
         "default": {"BACKEND": "asgi_deferred.django.DeferredBackend"},
+        "dummy": {"BACKEND": "django.tasks.backends.dummy.DummyBackend"},
         "careful": {
             "BACKEND": "asgi_deferred.django.DeferredBackend",
             "OPTIONS": {"when": "success", "result_ttl": 60, "max_results": 2},

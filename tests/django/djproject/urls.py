@@ -23,6 +23,7 @@ urlpatterns = [
             views.async_write,
             views.load,
             views.aload,
+            views.slow,
             views.hook,
             views.ahook,
             views.statistics,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from asyncio import sleep as asleep
+from collections.abc import AsyncIterator
 from functools import partial
+from time import sleep
 from typing import Any
 
 from asgiref.sync import async_to_sync, sync_to_async
@@ -69,7 +72,7 @@ def plain(request: HttpRequest) -> HttpResponse:
 
 
 async def stream(request: HttpRequest) -> StreamingHttpResponse:
-    async def parts() -> Any:
+    async def parts() -> AsyncIterator[bytes]:
         yield b"o"
         defer(journal.append, "task")
         yield b"k"
@@ -116,7 +119,7 @@ def write(request: HttpRequest) -> HttpResponse:
     Entry.objects.create(text="written")
     defer(count_task)
     defer(async_orm_task)
-    transaction.on_commit(partial(defer, journal.append, "committed"))
+    transaction.on_commit(partial(defer, journal.append, "committed"))  # pyright: ignore[reportArgumentType]
     if "fail" in request.GET:
         raise ValueError("after the write")
     if "bad" in request.GET:
@@ -132,7 +135,7 @@ async def async_write(request: HttpRequest) -> HttpResponse:
         Entry.objects.create(text="written")
         defer(count_task)
         defer(async_orm_task)
-        transaction.on_commit(partial(defer, journal.append, "committed"))
+        transaction.on_commit(partial(defer, journal.append, "committed"))  # pyright: ignore[reportArgumentType]
         if "fail" in request.GET:
             raise ValueError("after the write")
 
@@ -152,6 +155,15 @@ def load(request: HttpRequest) -> HttpResponse:
     if "database" in request.GET:
         Entry.objects.exists()
     defer(write_later, "sync")
+    defer(awrite_later, "async")
+    return HttpResponse("ok", status=202)
+
+
+def slow(request: HttpRequest) -> HttpResponse:
+    defer(write_later, "begun")
+    defer(sleep, 0.3)
+    defer(write_later, "sync")
+    defer(asleep, 0.3)
     defer(awrite_later, "async")
     return HttpResponse("ok", status=202)
 

@@ -45,7 +45,7 @@ async def submit(request: Request) -> JSONResponse:
     adder = tasks.options(durable="durable" in request.query_params, name="job")
     for token in request.query_params.getlist("token"):
         if token.startswith("kill-"):
-            tasks.options(durable=True, name="kill").add_task(Kill(), int(token.removeprefix("kill-")))  # type: ignore[arg-type]
+            tasks.options(durable=True, name="kill").add_task(Kill(), int(token.removeprefix("kill-")))
         elif "identified" in request.query_params:
             adder.add_task(engine.identified(token), token)
         else:

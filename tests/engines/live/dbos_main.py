@@ -12,7 +12,7 @@ from asgi_deferred import DeferredMiddleware, Runner
 from examples.engine_dbos import OnDBOS
 from tests.support import Log, request, responder
 
-dbos.DBOS(config={"name": "live", "system_database_url": os.environ["DATABASE_URL"], "run_admin_server": False})
+dbos.DBOS(config={"name": "live", "system_database_url": os.environ["DATABASE_URL"]})
 
 
 @dbos.DBOS.workflow()

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import celery
-import kombu
+import kombu.entity
 from anyio import to_thread
 
 from .common import BROKER, PREFIX, REDIS, nothing_to_open, save
@@ -11,7 +11,7 @@ from .common import BROKER, PREFIX, REDIS, nothing_to_open, save
 app = celery.Celery("live", broker=BROKER, backend=REDIS)
 app.conf.update(
     task_default_queue=PREFIX,
-    task_queues=[kombu.Queue(PREFIX, queue_arguments={"x-expires": 60_000})],
+    task_queues=[kombu.entity.Queue(PREFIX, queue_arguments={"x-expires": 60_000})],
     result_expires=60,
     broker_connection_retry_on_startup=True,
     broker_transport_options={"confirm_publish": True} if BROKER.startswith("amqp") else {},
@@ -25,7 +25,7 @@ def job(token: str) -> str:
 
 
 def identified(token: str) -> Any:
-    return job.s().set(task_id=token)
+    return app.tasks["save"].s().set(task_id=token)
 
 
 async def look(token: str) -> Any:

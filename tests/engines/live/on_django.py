@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
 from urllib.parse import urlsplit
 
 from .common import BROKER
 
 _url = urlsplit(BROKER)
 
-INSTALLED_APPS = ["django_tasks_db"]
+INSTALLED_APPS = ["django_tasks", "django_tasks_db"]
 USE_TZ = True
-SECRET_KEY = "live"  # noqa: S105
+SECRET_KEY = "live"
 TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
 DATABASES = {
     "default": {

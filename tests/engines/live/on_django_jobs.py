@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import django
 
-django.setup()
+django.setup()  # before what imports models
 
-from django.tasks import task  # noqa: E402
+if sys.version_info >= (3, 12):
+    from django.tasks import task
+else:
+    from django_tasks import task  # Django 6 needs Python 3.12
+
 from django_tasks_db.models import DBTaskResult  # noqa: E402
 
 from .common import nothing_to_open, save  # noqa: E402
