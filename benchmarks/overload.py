@@ -12,16 +12,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, cast
 
 from asgi_deferred import BacklogFull, DeferredMiddleware, Runner, tasks_from
+from benchmarks.soak import served
 
 RATE, SECONDS = 400, 2
 OVERFLOW = os.environ.get("OVERFLOW", "wait")
@@ -131,15 +129,8 @@ def main() -> int:
     kept = True
     for overflow in ("wait", "reject"):
         os.environ["OVERFLOW"] = globals()["OVERFLOW"] = overflow
-        command = [sys.executable, "-m", "uvicorn", "benchmarks.overload:app", "--fd", "0", "--log-level", "critical"]
-        with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening:
-            port = listening.getsockname()[1]
-            server = subprocess.Popen([*command, "--timeout-keep-alive", "75"], stdin=listening.fileno())
-        try:
+        with served("benchmarks.overload:app", "--timeout-keep-alive", "75") as port:
             kept &= asyncio.run(measure(port))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
     return 0 if kept else 1
 
 

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +127,28 @@ async def soak(port: int, requests: int) -> bool:
     return kept
 
 
-def main(requests: int) -> int:
-    command = [sys.executable, "-m", "uvicorn", "benchmarks.soak:app", "--fd", "0", "--log-level", "critical"]
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-        server = subprocess.Popen(command, stdin=listening.fileno())
+@contextmanager
+def served(application: str, *options: str) -> Iterator[int]:
+    """Run an application under uvicorn, in a process of its own, and give its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", application, "--port", str(port), "--log-level", "critical", *options]
+    )
     try:
-        ok = asyncio.run(soak(port, requests))
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield port
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(30)
-    return 0 if ok else 1
+        server.wait(60)
+
+
+def main(requests: int) -> int:
+    with served("benchmarks.soak:app") as port:
+        return 0 if asyncio.run(soak(port, requests)) else 1
 
 
 if __name__ == "__main__":
