@@ -175,7 +175,9 @@ def _plot(result: Result) -> None:
     mpl.rcParams["svg.hashsalt"] = "asgi-deferred"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 0.7 + 0.36 * (8 if result.x else len(result.samples))), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(7, 0.7 + 0.36 * (8 if result.x else len(result.samples))), layout="constrained"
+    )
     if result.x:
         _lines(axes, result)
     else:
@@ -196,7 +198,12 @@ def _bars(axes: Any, result: Result) -> None:
         axes.barh(row, middle, color="#2a6f97" if "ours" in name else "#b8c4cc")
         axes.plot([low, high], [row, row], color="#333333", linewidth=1)
         axes.annotate(
-            _number(middle), (max(middle, high), row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            _number(middle),
+            (max(middle, high), row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
         )
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()

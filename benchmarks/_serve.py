@@ -18,10 +18,31 @@ from urllib.request import urlopen
 APP = "benchmarks.served:app"
 SERVERS: dict[str, list[str]] = {
     "uvicorn": ["-m", "uvicorn", APP, "--no-access-log", "--log-level", "critical", "--port", "{port}"],
-    "gunicorn": ["-m", "gunicorn", APP, "-k", "uvicorn_worker.UvicornWorker", "--log-level", "critical", "-b", ":{port}"],
+    "gunicorn": [
+        "-m",
+        "gunicorn",
+        APP,
+        "-k",
+        "uvicorn_worker.UvicornWorker",
+        "--log-level",
+        "critical",
+        "-b",
+        ":{port}",
+    ],
     "hypercorn": ["-m", "hypercorn", APP, "--log-level", "critical", "-b", "127.0.0.1:{port}"],
     "daphne": ["-m", "daphne", "-v", "0", "-p", "{port}", APP],
-    "granian": ["-m", "granian", APP, "--interface", "asgi", "--no-access-log", "--log-level", "critical", "--port", "{port}"],
+    "granian": [
+        "-m",
+        "granian",
+        APP,
+        "--interface",
+        "asgi",
+        "--no-access-log",
+        "--log-level",
+        "critical",
+        "--port",
+        "{port}",
+    ],
 }
 FAST = ["--loop", "uvloop", "--http", "httptools"]
 

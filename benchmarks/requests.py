@@ -340,7 +340,9 @@ async def _sync_tasks(rounds: int) -> dict[str, list[float]]:
             await runner.wait_idle()
 
     async with started({"theirs": theirs, "ours": ours}):
-        return await interleave({"Starlette": returning(theirs), "ours in Starlette": run_ours}, rounds, 10, "sync-tasks")
+        return await interleave(
+            {"Starlette": returning(theirs), "ours in Starlette": run_ours}, rounds, 10, "sync-tasks"
+        )
 
 
 def sync_tasks(factor: float) -> Result:

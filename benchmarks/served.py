@@ -71,7 +71,12 @@ def plain_sync(request: Request) -> PlainTextResponse:
 
 
 COMMON = {"/waits": waits, "/memory": memory, "/async": plain, "/sync": plain_sync}
-TASKS: dict[str, tuple[Any, int]] = {"/quick": (quick, 1), "/blocking": (blocking, 10), "/gated": (gated, 1), "/slow": (slow, 1)}
+TASKS: dict[str, tuple[Any, int]] = {
+    "/quick": (quick, 1),
+    "/blocking": (blocking, 10),
+    "/gated": (gated, 1),
+    "/slow": (slow, 1),
+}
 
 
 def in_starlette() -> Any:
