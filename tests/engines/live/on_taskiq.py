@@ -32,9 +32,7 @@ def identified(token: str) -> Any:
 
 
 async def look(token: str) -> Any:
-    if await results.is_result_ready(token):
-        return (await results.get_result(token)).return_value
-    return None
+    return await results.is_result_ready(token) and (await results.get_result(token)).return_value
 
 
 @asynccontextmanager
