@@ -38,7 +38,7 @@ def is_final(start: Any, message: Any) -> bool:
     """Whether `message` ends a response that began with the message `start` (`None` before one was sent)."""
     kind = message["type"]
     if kind == "http.response.body" or kind in _LIKE_BODY:
-        if "more_body" in message and message["more_body"]:
+        if message.get("more_body"):
             return False
         return not (start and "trailers" in start and start["trailers"])
     if kind == "http.response.trailers":

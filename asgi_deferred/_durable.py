@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._completion import Outcome
+from ._completion import Outcome, is_final
 from ._exceptions import EnqueueFailed
 from ._tasks import DeferredTasks
 
@@ -29,42 +29,27 @@ UNAVAILABLE = {
 }
 
 
-class Barrier:
-    """Stands for the server's `send` from the first durable task on."""
-
-    __slots__ = ("_again", "_refused", "_send", "_tasks")
-
-    @classmethod
-    def on(cls, send: Any, tasks: DeferredTasks, again: Any) -> Barrier:
-        return send if isinstance(send, cls) else cls(send, tasks, again)
-
-    def __init__(self, send: Any, tasks: DeferredTasks, again: Any) -> None:
-        self._send = send
-        self._tasks = tasks
-        self._again = again
-        self._refused: EnqueueFailed | None = None
-
-    async def __call__(self, message: Any) -> None:
-        if self._refused is not None:
-            raise self._refused
-        await self._send(message)
-
-    async def hold(self, message: Any) -> None:
-        """Send a message, once the durable tasks added until now are stored."""
-        if self._refused is not None:
-            raise self._refused
-        tasks = self._tasks
-        starts = "status" in message
-        tasks._durable = False
-        try:
-            status = (message if starts else tasks._start).get("status")
-            await tasks._runner._enqueue_durable(tasks, Outcome("http", status, complete=True))
-        except EnqueueFailed as exc:
-            self._refused = tasks._error = exc
-            tasks._durable = True  # what follows comes here too, and is never taken for the end of a response
-            if starts:
-                tasks._start = UNAVAILABLE
-                await self._send(UNAVAILABLE)
-                await self._send({"type": "http.response.body", "body": _BODY})
-            raise
-        await self._again(message)
+async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
+    """Send a message of a response that has durable tasks: its start and its end once those tasks are stored."""
+    starts = "status" in message
+    if starts or is_final(tasks._start, message):
+        while tasks._durable and tasks._error is None:
+            tasks._durable = False
+            try:
+                status = (message if starts else tasks._start).get("status")
+                await tasks._runner._enqueue_durable(tasks, Outcome("http", status, complete=True))
+            except EnqueueFailed as exc:
+                tasks._durable = True  # what follows comes here too, and is never taken for the end of a response
+                tasks._error = exc
+                if starts:
+                    tasks._start = UNAVAILABLE
+                    await send(UNAVAILABLE)
+                    await send({"type": "http.response.body", "body": _BODY})
+    if tasks._error is not None:
+        raise tasks._error
+    if starts:
+        tasks._start = message
+    elif is_final(tasks._start, message):
+        tasks._complete = True
+        tasks._runner._register(tasks)
+    await send(message)

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Protocol
 
 from ._completion import is_final
-from ._durable import UNAVAILABLE, Barrier
+from ._durable import UNAVAILABLE, hold
 from ._exceptions import EnqueueFailed
 from ._lifespan import run_lifespan
 from ._runner import Runner, request_line
@@ -65,19 +65,16 @@ class DeferredMiddleware:
         tasks = DeferredTasks(self.runner, kind)
 
         def note_and_send(message: Any) -> Any:
-            nonlocal send
+            if tasks._durable:
+                return hold(tasks, send, message)
             if "status" in message:
-                if tasks._durable:
-                    send = Barrier.on(send, tasks, note_and_send)
-                    return send.hold(message)
                 if not tasks._complete:
                     tasks._start = message
             elif (
-                message["type"] == "http.response.body" and "more_body" not in message and "trailers" not in tasks._start
+                message["type"] == "http.response.body"
+                and "more_body" not in message
+                and "trailers" not in tasks._start
             ) or is_final(tasks._start, message):
-                if tasks._durable:
-                    send = Barrier.on(send, tasks, note_and_send)
-                    return send.hold(message)
                 tasks._complete = True
             return send(message)
 

@@ -22,4 +22,4 @@ __all__ = ["DeferredMiddleware", "capture_deferred"]
 if django.VERSION >= (6, 0):
     from ._django_tasks import DeferredBackend as DeferredBackend  # noqa: PLC0414 - type checkers see no change of __all__
 
-    __all__ += ["DeferredBackend"]
+    __all__ = ["DeferredBackend", *__all__]

@@ -60,7 +60,7 @@ async def _starlette(size: int) -> float:
 
 
 def growth(factor: float) -> Result:
-    rounds = max(3, round(5 * factor))
+    rounds = max(3, round(3 * factor))
     samples: dict[str, list[float]] = {}
     for size in SIZES:
         for name, run in {"ours": _ours, "Starlette": _starlette}.items():

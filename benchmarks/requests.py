@@ -25,7 +25,8 @@ from litestar import Litestar, get
 from litestar import Response as LitestarResponse
 from litestar.background_tasks import BackgroundTask as LitestarTask
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask, BackgroundTasks as StarletteTasks
+from starlette.background import BackgroundTask
+from starlette.background import BackgroundTasks as StarletteTasks
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route

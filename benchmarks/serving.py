@@ -15,16 +15,20 @@ def throughput(factor: float) -> Result:
     rounds = max(3, round(15 * factor))
     names = ["Starlette", "asgi-background", "ours in Starlette", "FastAPI", "ours in FastAPI"]
     samples: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         servers = {name: stack.enter_context(serve(name, *FAST)) for name in names}
         for index in range(-1, rounds):
             progress(f"throughput: round {index} of {rounds}")
             for name in names[index % len(names) :] + names[: index % len(names)]:
+                before = servers[name].cpu_seconds()
                 figures = servers[name].load("/quick", connections=32, seconds=1.0)
+                used = servers[name].cpu_seconds() - before
                 if figures["errors"]:
                     raise RuntimeError(f"{name}: {figures}")
                 if index >= 0:
                     samples[name].append(figures["per_second"])
+                    cpu[name].append(used / figures["requests"] * 1e6)
     return Result(
         "throughput",
         "Requests with one async no-op task each",
@@ -36,6 +40,7 @@ def throughput(factor: float) -> Result:
             Comparison("ours in Starlette", "asgi-background", at_least=True),
             Comparison("ours in FastAPI", "FastAPI", 1.0, at_least=True),
         ],
+        notes=["processor time, µs: " + ", ".join(f"{name} {median(figures):.0f}" for name, figures in cpu.items())],
     )
 
 

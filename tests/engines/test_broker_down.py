@@ -13,6 +13,9 @@ import redis
 from .services import free_port, redis_server, wait_until, web
 
 
+pytestmark = pytest.mark.servers
+
+
 @pytest.mark.parametrize("engine", ["taskiq", "celery", "dramatiq", "huey"])
 def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:
     """G2, G11: 202 only if every durable job was stored, else 503: through a pause, a kill between two, an outage, a restart."""

@@ -1,0 +1,89 @@
+"""What a request without tasks costs, counted and not timed: a guard against a call or an allocation too many."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from asgi_deferred import DeferredMiddleware, Runner
+from tests.support import http_scope, no_more_messages
+
+PYTHON_CALLS = [
+    "DeferredMiddleware.__call__",
+    "DeferredTasks.__init__",
+    "DeferredMiddleware.__call__.<locals>.note_and_send",  # the start of the response
+    "DeferredMiddleware.__call__.<locals>.note_and_send",  # its body
+]
+C_CALLS = {"copy": 1, "set": 1, "reset": 1}
+OBJECTS = 10  # the call, the list and its tasks, the copy of the scope, the context, the closure and its cells
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def sent(message: Any) -> None:
+    pass
+
+
+def run(wrapped: Any) -> None:
+    """Step a call by hand: it waits for nothing."""
+    with pytest.raises(StopIteration):
+        wrapped(http_scope(), no_more_messages, sent).send(None)
+
+
+def test_calls_without_tasks() -> None:
+    """Section "Speed": a request without tasks makes four Python calls, three C calls, and takes no lock."""
+    python: list[str] = []
+    c: Counter[str] = Counter()
+    ours = DeferredMiddleware.__call__.__code__.co_filename.removesuffix("_middleware.py")
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if not frame.f_code.co_filename.startswith(ours):
+            return
+        if event == "call":
+            python.append(frame.f_code.co_qualname)
+        elif event == "c_call":
+            c[arg.__name__] += 1
+
+    wrapped = DeferredMiddleware(app, Runner())
+    run(wrapped)
+    sys.setprofile(profile)
+    try:
+        run(wrapped)
+    finally:
+        sys.setprofile(None)
+    assert python == PYTHON_CALLS
+    assert c == C_CALLS
+
+
+def test_allocations_without_tasks() -> None:
+    """Section "Speed": a request without tasks makes few objects that the garbage collector tracks."""
+
+    def tracked(wrapped: Any) -> int:
+        """Count what is new while the call is under way."""
+        scope = http_scope()
+        seen: list[int] = []
+
+        async def counting(message: Any) -> None:
+            seen.append(len(gc.get_objects()))
+
+        before = len(gc.get_objects())
+        with pytest.raises(StopIteration):
+            wrapped(scope, no_more_messages, counting).send(None)
+        return seen[0] - before
+
+    gc.disable()
+    try:
+        wrapped = DeferredMiddleware(app, Runner())
+        for each in (app, wrapped):
+            tracked(each)
+        assert tracked(wrapped) - tracked(app) <= OBJECTS
+    finally:
+        gc.enable()
