@@ -33,16 +33,19 @@ def fate(engine: str, broker: str) -> str:
         env["PYTHONPATH"] = str(ROOT)
         if engine == "django":
             env["DJANGO_SETTINGS_MODULE"] = f"{LIVE}.on_django"
+        worker_command = [part.replace("--pool=solo", "--concurrency=1") for part in WORKERS[engine]]
         if engine in SCHEMA:
             subprocess.run(SCHEMA[engine], check=True, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
         address, _ = stack.enter_context(web(place, **env))
-        with process(*WORKERS[engine], log=place / "worker.log", **env) as worker:
+        with process(*worker_command, log=place / "worker.log", **env) as worker:
+            os.mkfifo(place / "hang.part")  # what the job writes to; nobody reads it
             httpx.post(f"{address}/submit?durable&token=hang").raise_for_status()
-            wait_until((place / "hanging").exists, "the job to begin")
+            wait_until((place / "hang.begun").exists, "the job to begin")
             os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
+            (place / "hang.part").unlink()
         killed = monotonic()
-        with process(*WORKERS[engine], log=place / "worker.log", **env):
+        with process(*worker_command, log=place / "worker.log", **env):
             while monotonic() - killed < PATIENCE:
                 if (place / "hang").exists():
                     return f"done again, {monotonic() - killed:.0f} s after the kill"

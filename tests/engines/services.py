@@ -20,6 +20,7 @@ from psycopg.sql import SQL, Identifier
 ROOT = Path(__file__).parents[2]
 REDIS = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
 RABBITMQ = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672")
+PATIENCE = 10.0  # seconds that a process has to end
 POSTGRES = os.environ.get("POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432")
 
 
@@ -73,7 +74,7 @@ def process(*command: str, log: Path, **env: str) -> Iterator[subprocess.Popen[b
             child.send_signal(signal.SIGCONT)
             child.terminate()
             try:
-                child.wait(10)
+                child.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()

@@ -266,8 +266,7 @@ async def test_two_step_engine_that_was_given_up(recwarn: pytest.WarningsRecorde
     log, go, closed = Wire(), threading.Event(), threading.Event()
 
     class Late:
-        def __await__(self) -> Any:
-            raise NotImplementedError
+        def __await__(self) -> Any: ...
 
         def close(self) -> None:
             closed.set()

@@ -67,7 +67,7 @@ def test_another_process_does_the_job(engine: str, broker: str, tmp_path: Path) 
         env = {"ENGINE": module, "BROKER_URL": url, "REDIS_URL": REDIS, "PREFIX": prefix, "PLACE": str(tmp_path)}
         if engine == "django":
             env["DJANGO_SETTINGS_MODULE"] = f"{LIVE}.on_django"
-        env["PYTHONPATH"] = str(ROOT)
+        env |= {"PYTHONPATH": str(ROOT), "ENQUEUE_TIMEOUT": "30"}
         if engine in SCHEMA:
             run(SCHEMA[engine], check=True, cwd=ROOT, env={**os.environ, **env}, timeout=60)
         address, _ = stack.enter_context(web(tmp_path, **env))

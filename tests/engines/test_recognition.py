@@ -289,7 +289,7 @@ async def test_async_celery_task_is_refused() -> None:
 async def test_mocks_are_called() -> None:
     """G1: a Mock has every attribute that an engine's task has, and is still called like the function it stands for."""
     mock, magic = Mock(return_value=None), MagicMock(return_value=None)
-    await serve(lambda tasks: tasks.add_task(mock, 1), lambda tasks: tasks.add_task(magic, 2))
+    await serve(lambda tasks: tasks.add_task(mock, 1), lambda tasks: tasks.add_task(partial(magic, 2)))
     assert (mock.mock_calls[-1].args, magic.mock_calls[-1].args) == ((1,), (2,))
     mock.assert_called_once_with(1)
     magic.assert_called_once_with(2)

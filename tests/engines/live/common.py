@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,14 +14,16 @@ PLACE = Path(os.environ["PLACE"])
 
 
 def save(token: str) -> str:
-    """Do the job: write down, whole or not at all, which process did it. One called "hang" does so the second time."""
-    if token == "hang" and not (PLACE / "hanging").exists():
-        (PLACE / "hanging").touch()
-        time.sleep(600)
+    """Do the job: write down, whole or not at all, which process did it."""
+    (PLACE / f"{token}.begun").touch()
     part = PLACE / f"{token}.part"
     part.write_text(f"{os.getpid()}")
     part.rename(PLACE / token)
     return token.upper()
+
+
+async def save_async(token: str) -> str:
+    return save(token)
 
 
 def done(token: str) -> str | None:

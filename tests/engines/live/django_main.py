@@ -10,8 +10,8 @@ from django.conf import settings
 
 if sys.version_info >= (3, 12):
     PACKAGE = "django.tasks"
-else:
-    PACKAGE = "django_tasks"  # Django 6 needs Python 3.12
+else:  # pragma: no cover - Django 6 needs Python 3.12
+    PACKAGE = "django_tasks"
 
 settings.configure(
     TASKS={
@@ -23,7 +23,7 @@ settings.configure(
 if sys.version_info >= (3, 12):
     from django.tasks import task
     from django.tasks.signals import task_enqueued
-else:
+else:  # pragma: no cover
     from django_tasks import task
     from django_tasks.signals import task_enqueued
 

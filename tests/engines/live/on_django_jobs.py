@@ -9,8 +9,8 @@ django.setup()  # before what imports models
 
 if sys.version_info >= (3, 12):
     from django.tasks import task
-else:
-    from django_tasks import task  # Django 6 needs Python 3.12
+else:  # pragma: no cover - Django 6 needs Python 3.12
+    from django_tasks import task
 
 from django_tasks_db.models import DBTaskResult  # noqa: E402
 
@@ -27,9 +27,8 @@ def identified(token: str) -> Any:
 
 
 async def look(token: str) -> Any:
-    async for result in DBTaskResult.objects.filter(args_kwargs__args=[token], status="SUCCESSFUL"):
-        return result.return_value
-    return None
+    found = DBTaskResult.objects.filter(args_kwargs__args=[token], status="SUCCESSFUL")
+    return [result.return_value async for result in found] == [token.upper()] and token.upper()
 
 
 opened = nothing_to_open

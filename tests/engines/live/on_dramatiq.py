@@ -11,9 +11,7 @@ broker = RedisBroker(url=BROKER, namespace=PREFIX)
 dramatiq.set_broker(broker)
 
 
-@dramatiq.actor(broker=broker)
-def job(token: str) -> None:
-    save(token)
+job = dramatiq.actor(broker=broker)(save)
 
 
 def identified(token: str) -> Any:

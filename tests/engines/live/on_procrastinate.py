@@ -4,14 +4,12 @@ from typing import Any
 
 import procrastinate
 
-from .common import BROKER, save
+from .common import BROKER, save_async
 
 app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=BROKER))
 
 
-@app.task(name="save")
-async def job(token: str) -> str:
-    return save(token)
+job = app.task(name="save")(save_async)
 
 
 def identified(token: str) -> Any:

@@ -4,14 +4,12 @@ from typing import Any
 
 import streaq
 
-from .common import BROKER, PREFIX, done, save
+from .common import BROKER, PREFIX, done, save_async
 
 worker: streaq.Worker[None] = streaq.Worker(redis_url=BROKER, queue_name=PREFIX)
 
 
-@worker.task()
-async def job(token: str) -> str:
-    return save(token)
+job = worker.task()(save_async)
 
 
 def identified(token: str) -> Any:

@@ -8,7 +8,7 @@ from taskiq import AsyncBroker
 from taskiq_aio_pika import AioPikaBroker, Exchange, Queue
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
-from .common import BROKER, PREFIX, REDIS, save
+from .common import BROKER, PREFIX, REDIS, save_async
 
 results: RedisAsyncResultBackend[Any] = RedisAsyncResultBackend(REDIS, prefix_str=PREFIX, result_ex_time=60)
 broker: AsyncBroker
@@ -24,9 +24,7 @@ else:
 broker = broker.with_result_backend(results)
 
 
-@broker.task(task_name="save")
-async def job(token: str) -> str:
-    return save(token)
+job = broker.task(task_name="save")(save_async)
 
 
 def identified(token: str) -> Any:
@@ -34,9 +32,7 @@ def identified(token: str) -> Any:
 
 
 async def look(token: str) -> Any:
-    if await results.is_result_ready(token):
-        return (await results.get_result(token)).return_value
-    return None
+    return await results.is_result_ready(token) and (await results.get_result(token)).return_value
 
 
 @asynccontextmanager
