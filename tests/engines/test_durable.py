@@ -278,7 +278,7 @@ async def test_two_step_engine_that_was_given_up(recwarn: pytest.WarningsRecorde
             return Late()
 
     app = responder(lambda tasks: tasks.options(durable=True).add_task(LateEngine()))
-    await call(app, log, Runner(enqueue_timeout=0.01))
+    await call(app, log, Runner(enqueue_timeout=0.5))
     go.set()
     assert await anyio.to_thread.run_sync(closed.wait, 5)
     assert log == [*REFUSED, "returned"]

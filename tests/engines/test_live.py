@@ -14,6 +14,8 @@ import pytest
 
 from .services import POSTGRES, RABBITMQ, REDIS, ROOT, database, need, process, wait_until, web
 
+pytestmark = pytest.mark.servers
+
 LIVE = "tests.engines.live"
 BIN = Path(sys.executable).parent
 

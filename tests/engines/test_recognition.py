@@ -369,7 +369,7 @@ async def test_inline_runs_engine_tasks_here() -> None:
                 Own(),
             ]
         ):
-            adder.add_task(each, number)
+            adder.add_task(each, number)  # pyright: ignore[reportArgumentType]
 
     with inline(raise_errors=True):
         await request(DeferredMiddleware(responder(add)), log)

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 import anyio
-import django
 from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.core.signals import request_finished
@@ -32,6 +31,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, TaskEvent, tasks_from
+from django import setup
 
 Message = MutableMapping[str, Any]
 
@@ -59,7 +59,9 @@ def observe(event: TaskEvent) -> None:
 
 
 pool = Pool()
-runner = Runner(drain_timeout=float(os.environ.get("DRAIN_TIMEOUT", "15")), observers=[observe])
+runner = Runner(
+    drain_timeout=float(os.environ["DRAIN_TIMEOUT"]), max_pending=int(os.environ["MAX_PENDING"]), observers=[observe]
+)
 
 
 async def pass_gate(name: str) -> None:
@@ -123,7 +125,7 @@ def add(source: Any) -> DeferredTasks:
     request_id.set(query["id"][0])
     for task in query.get("task", ()):
         name, kind, when = (*task.split(":"), "success")[:3]
-        tasks.options(name=name, when=when).add_task(KINDS[kind], name)  # type: ignore[arg-type]
+        tasks.options(name=name, when=when).add_task(KINDS[kind], name)
     return tasks
 
 
@@ -276,7 +278,7 @@ def django_sync(request: HttpRequest) -> HttpResponse:
 
 urlpatterns = [re_path("async$", django_async), re_path("sync$", django_sync)]
 settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="tests", LOGGING_CONFIG=None)
-django.setup()
+setup()
 request_finished.connect(_committed)
 django_app = get_asgi_application()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from .harness import GRANIAN, H11, HYPERCORN, HYPERCORN_TRIO, Kind, Server, serve
+from .harness import GRANIAN, H11, HYPERCORN, HYPERCORN_TRIO, Server, serve
 
 SERVERS = {
     "uvicorn": H11.with_options("--timeout-graceful-shutdown", "1", "--log-level", "critical"),

@@ -96,7 +96,7 @@ async def respond(does: str, receive: Any, send: Any) -> None:
     if does == "raise":
         raise ValueError("chaos")
     await send({"type": "http.response.start", "status": 500 if does == "500" else 200, "headers": []})
-    body = partial(dict, type="http.response.body", body=b"chaos")
+    body: partial[dict[str, Any]] = partial(dict, type="http.response.body", body=b"chaos")
     for _ in range(20 if does == "stream" else 0):
         await send(body(more_body=True))
         await anyio.sleep(0.002)

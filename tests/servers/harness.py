@@ -40,7 +40,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     deadline = time.monotonic() + DEADLINE
     while not (result := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {DEADLINE} s for: {what}")
+            raise TimeoutError(f"waited {DEADLINE:g} s for {what}")
         time.sleep(0.01)
     return result
 
@@ -94,8 +94,10 @@ class Server:
         return [line.partition(" ")[2] for line in lines if line.split(" ")[0] == request]
 
     def wait_for(self, *lines: str) -> None:
-        for line in lines:
-            until(lambda line=line: any(have.startswith(line) for have in self.lines()), f"{line!r} in {self.show()}")
+        def written() -> bool:
+            return all(any(have.startswith(line) for have in self.lines()) for line in lines)
+
+        until(written, f"{lines} in {self.folder}/transcript")
 
     def ends_of_lifespan(self) -> list[str]:
         """Return what the applications told their servers, sorted."""
@@ -188,7 +190,9 @@ def _certificates(folder: Path) -> tuple[ssl.SSLContext, str]:
 
 
 @contextmanager
-def serve(kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: float = 15.0) -> Iterator[Server]:
+def serve(
+    kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: float = 15.0, max_pending: int = 1000
+) -> Iterator[Server]:
     """Start a server and wait until it answers; at the end make sure that it is gone, and its children with it."""
     port = free_port()
     (folder / "gates").mkdir()
@@ -210,6 +214,7 @@ def serve(kind: Kind, folder: Path, *, app: str = "apps:app", drain_timeout: flo
         "TRANSCRIPT": str(folder / "transcript"),
         "GATES": str(folder / "gates"),
         "DRAIN_TIMEOUT": str(drain_timeout),
+        "MAX_PENDING": str(max_pending),
     }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

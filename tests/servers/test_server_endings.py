@@ -221,7 +221,6 @@ def test_uvicorn_reload(tmp_path: Path) -> None:
     [
         (H11, signal.SIGKILL),
         (GUNICORN.with_options("--graceful-timeout", "1"), signal.SIGTERM),
-        (GUNICORN.with_options("--graceful-timeout", "1"), signal.SIGINT),
         (GRANIAN.with_options("--workers-kill-timeout", "1"), signal.SIGTERM),
         (HYPERCORN.with_options("-w", "2"), signal.SIGTERM),
         (HYPERCORN_TRIO.with_options("-w", "2"), signal.SIGTERM),
@@ -233,6 +232,25 @@ def test_killed(kind: Kind, number: signal.Signals, tmp_path: Path) -> None:
     """G8: a worker that is killed, by SIGKILL or by its own server before the tasks have ended, loses them unsaid."""
     with task_held(kind, tmp_path, "two:quick", drain_timeout=5) as server:
         server.stop(number)
+        assert server.lines("held") == HELD
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_gunicorn_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    """G8: a SIGINT or SIGQUIT to gunicorn does not reach its uvicorn worker as a shutdown: it serves on until it is killed."""
+    with task_held(GUNICORN.with_options("--graceful-timeout", "1"), tmp_path) as server:
+        server.stop(number)
+        assert server.lines("held") == HELD
+        assert server.ends_of_lifespan() == ["startup.complete"]
+        assert not any(line.startswith("server: shutdown") for line in server.lines("-"))
+
+
+def test_gunicorn_interrupted_while_it_ends(tmp_path: Path) -> None:
+    """G8: a SIGINT to gunicorn while it waits for its worker shortens that to two seconds."""
+    with task_held(GUNICORN, tmp_path) as server:
+        server.send_signal()
+        server.wait_for("- server: shutdown ")
+        server.stop(signal.SIGINT)
         assert server.lines("held") == HELD
 
 
@@ -352,3 +370,21 @@ def test_daphne_application_close_timeout(tmp_path: Path) -> None:
         server.wait_for("held two RUNNING")
         server.stop()
         assert server.lines("held") == [*ENDED, "two RUNNING", "two ABANDONED"]
+
+
+# Overload
+
+
+def test_uvicorn_limit_concurrency(tmp_path: Path) -> None:
+    """G7: calls that overflow="wait" holds count for uvicorn's --limit-concurrency, which answers 503 then, and recovers."""
+    with serve(H11.with_options("--limit-concurrency", "10"), tmp_path, max_pending=5) as server:
+        statuses = [
+            server.get("/raw/plain" + tasks("one:gated", request=f"{number}")).status_code for number in range(50)
+        ]
+        accepted = statuses.count(200)
+        assert statuses == [200] * accepted + [503] * (25 - accepted)
+        assert 5 < accepted <= 5 + 10
+        for number in range(accepted):
+            server.open_gate(f"{number}.one")
+            server.wait_for(f"{number} one SUCCEEDED")
+        until(lambda: server.get("/raw/plain" + tasks(request="next")).status_code == 200, "uvicorn to recover")

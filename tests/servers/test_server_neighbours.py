@@ -205,7 +205,9 @@ async def test_list_kept_after_its_request(use: Callable[[Callable[[], Any]], No
     assert refused[0].startswith("'late' was not accepted: ")
     assert transcript.runner.statistics()._asdict() == {
         **dict.fromkeys(transcript.runner.statistics()._fields, 0),
-        **{"accepted": 3, "succeeded": 2, "skipped": 1},
+        "accepted": 3,
+        "succeeded": 2,
+        "skipped": 1,
     }
 
 

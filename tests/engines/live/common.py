@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,10 @@ PLACE = Path(os.environ["PLACE"])
 
 
 def save(token: str) -> str:
-    """Do the job: write down, whole or not at all, which process did it."""
+    """Do the job: write down, whole or not at all, which process did it. One called "hang" does so the second time."""
+    if token == "hang" and not (PLACE / "hanging").exists():
+        (PLACE / "hanging").touch()
+        time.sleep(600)
     part = PLACE / f"{token}.part"
     part.write_text(f"{os.getpid()}")
     part.rename(PLACE / token)
