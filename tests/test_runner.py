@@ -865,3 +865,38 @@ async def test_idle_workers_are_few() -> None:
         session = runner._live
         assert session is not None
         assert len(session.idle) == 16
+
+
+async def test_short_tasks_leave_others_their_turn() -> None:
+    """G6: many tasks that never wait do not keep the event loop from what else it has to do."""
+    log = Log()
+    runner = Runner()
+    async with runner:
+        for _ in range(40):
+            await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(log.note, "task")), runner), Log())
+        while runner.statistics().succeeded < 40:
+            log.append("turn")
+            await anyio.lowlevel.checkpoint()
+    assert log.count("task") == 40
+    assert "turn" in log[log.index("task") : len(log) - log[::-1].index("task")]
+
+
+async def test_a_session_cancelled_before_its_tasks_began_gives_back_what_they_held() -> None:
+    """G2, G7: tasks that were about to run when their session is cancelled are abandoned, and hold no slot or thread."""
+    log = Log()
+    runner = Runner(observers=[log])
+    with anyio.CancelScope() as scope:
+        async with runner:
+            app = responder(
+                lambda tasks: tasks.add_task(log.note, "async"), lambda tasks: tasks.add_task(log.note_sync, "sync")
+            )
+            await request(DeferredMiddleware(app, runner), Log())
+            await request(
+                DeferredMiddleware(responder(lambda tasks: tasks.add_task(log.note_sync, "sync")), runner), Log()
+            )
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+    assert sorted(log) == ["Log.note ABANDONED", "Log.note_sync ABANDONED", "Log.note_sync ABANDONED"]
+    assert_conserved(runner)
+    scheduler = runner._scheduler()
+    assert (scheduler.slots, scheduler.threads) == (runner.max_concurrency, runner.max_threads)
