@@ -12,7 +12,6 @@ import redis
 
 from .services import free_port, redis_server, wait_until, web
 
-
 pytestmark = pytest.mark.servers
 
 
