@@ -66,7 +66,7 @@ def drive(contender: str, requests: int) -> None:
 
     from asgi_deferred import DeferredMiddleware
 
-    from .requests import PassThrough, bare, receive, scope, send
+    from ._asgi import PassThrough, bare, receive, scope, send
 
     background = BackgroundTaskMiddleware(bare)
     background._tg = True  # type: ignore[assignment]  # stands for its lifespan, which takes no part in a request

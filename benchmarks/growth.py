@@ -9,8 +9,9 @@ import anyio
 
 from asgi_deferred import DeferredMiddleware, Runner, tasks_from
 
+from ._asgi import bare, receive, scope, send
 from ._report import Comparison, Result, progress
-from .requests import bare, receive, scope, send, started
+from .requests import started
 
 SIZES = [100, 1_000, 10_000, 100_000]
 
