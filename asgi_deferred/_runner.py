@@ -26,7 +26,7 @@ from logging import getLogger
 from threading import Lock, get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
@@ -196,8 +196,7 @@ class Runner:
             raise error
 
     async def _drain(self) -> None:
-        if self._live is not None:
-            await self._live.drain(self.drain_timeout)
+        await cast("Session", self._live).drain(self.drain_timeout)
 
     def _scheduler(self) -> Scheduler:
         try:

@@ -24,8 +24,7 @@ def http_scope(path: str = "/", **extra: Any) -> dict[str, Any]:
     return {"type": "http", "asgi": {"version": "3.0"}, "method": "GET", "path": path, "headers": [], **extra}
 
 
-async def no_more_messages() -> Any:
-    await anyio.sleep_forever()
+async def no_more_messages() -> Any: ...
 
 
 class Log(list[str]):

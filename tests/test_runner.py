@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 import logging
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -27,6 +28,7 @@ from asgi_deferred import (
     defer,
     tasks_from,
 )
+from asgi_deferred._scheduler import soon_here, torn_down
 
 from .support import Log, assert_conserved, http_scope, no_more_messages, request, responder, states
 
@@ -225,7 +227,7 @@ async def test_generator_functions_are_refused() -> None:
     def generator() -> Iterator[int]:
         yield 1
 
-    async def async_generator() -> Any:
+    async def async_generator() -> AsyncIterator[int]:
         yield 1
 
     tasks = await run(
@@ -235,6 +237,7 @@ async def test_generator_functions_are_refused() -> None:
         ],
     )
     assert [type(task.error) for task in tasks] == [TypeError, TypeError, type(None), type(None)]
+    assert list(generator()) == [each async for each in async_generator()] == [1]
     assert "This is a generator function: calling it runs none of its code" in str(next(iter(tasks)).error)
 
 
@@ -282,8 +285,6 @@ async def test_sync_tasks_use_the_runners_own_threads() -> None:
 
 
 def _soon() -> Callable[..., None]:
-    from asgi_deferred._scheduler import soon_here
-
     return soon_here()
 
 
@@ -583,8 +584,7 @@ async def test_a_thread_that_was_given_up_counts_until_it_ends() -> None:
     lists: list[DeferredTasks] = []
     runner = Runner(max_threads=1)
 
-    async def slow_after_all() -> None:
-        log.append("never awaited")
+    async def slow_after_all() -> None: ...
 
     def stuck() -> Any:
         go.wait()
@@ -900,3 +900,42 @@ async def test_a_session_cancelled_before_its_tasks_began_gives_back_what_they_h
     assert_conserved(runner)
     scheduler = runner._scheduler()
     assert (scheduler.slots, scheduler.threads) == (runner.max_concurrency, runner.max_threads)
+
+
+async def test_a_drain_that_comes_as_a_thread_finishes() -> None:
+    """G2: a sync task is ABANDONED, and what it returned closed, if the drain cuts in before that could be awaited."""
+    log, lists = Log(), list[DeferredTasks]()
+    finished, gate, soon = anyio.Event(), threading.Event(), _soon()
+    runner = Runner(drain_timeout=0.01)
+    start = runner._threads.start
+
+    def held(job: Callable[[], None], done: Callable[[], None]) -> None:
+        def run_and_wait() -> None:
+            job()
+            soon(finished.set)
+            gate.wait()
+
+        start(run_and_wait, done)
+
+    runner._threads.start = held  # type: ignore[method-assign]
+    app = DeferredMiddleware(responder(lists.append, lambda tasks: tasks.add_task(lambda: log.note("awaited"))), runner)
+    async with runner:
+        await request(app, Log())
+        await finished.wait()
+    gate.set()
+    assert log == []
+    assert [task.state for task in lists[0]] == [TaskState.ABANDONED]
+    assert_conserved(runner)
+
+
+def test_torn_down_without_an_event_loop() -> None:
+    """A task that is closed after its event loop has gone counts as torn down."""
+    assert torn_down()
+
+
+async def test_sync_tasks_without_sniffio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sync tasks run where anyio's optional sniffio is not installed."""
+    monkeypatch.delitem(sys.modules, "sniffio", raising=False)
+    log = Log()
+    await run(Runner(), lambda tasks: tasks.add_task(log.note_sync, "task"))
+    assert log == ["task"]

@@ -233,8 +233,6 @@ class Machine(RuleBasedStateMachine):
         assert min(counts) >= 0
 
     def teardown(self) -> None:
-        if not hasattr(self, "portal"):
-            return
         if self.lifespan is not None:
             self.shut_down()
         for request in self.requests:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import MagicMock, Mock
+from uuid import uuid4
 
 import anyio
 import celery
@@ -25,6 +26,8 @@ from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, engines
 from asgi_deferred._engines import recognise, registered
 from asgi_deferred.testing import inline, record
 from tests.support import Log, request, responder, states
+
+from .services import REDIS, need
 
 pytestmark = pytest.mark.anyio
 
@@ -252,12 +255,20 @@ def test_django_task_is_not_callable(backend: str) -> None:
     assert [line.partition(". ")[0] for line in out.stdout.splitlines()] == lines
 
 
-async def test_streaq_task_is_recognised() -> None:
-    """G1: a streaq task is known by its class; its broker is down, so the task fails, and nothing runs here."""
+@pytest.mark.usefixtures("asyncio_only")
+async def test_streaq_task_is_enqueued() -> None:
+    """G1: a streaq task is known by its class, goes to its queue in Redis, and nothing runs here."""
     engine = recognise(streaq_job)
     assert engine is not None
     assert engine.name is not None
     assert engine.name(streaq_job) == "jobs.streaq"
+    worker: streaq.Worker[None] = streaq.Worker(redis_url=need(REDIS), queue_name=f"asgi-deferred-{uuid4().hex}")
+    job = worker.task()(async_job)
+    app = DeferredMiddleware(responder(lambda tasks: tasks.add_task(job, 1)))
+    async with worker:
+        await request(app, Log())
+        assert await worker.queue_size() == 1
+    assert app.runner.statistics().succeeded == 1
 
 
 @pytest.mark.parametrize(
