@@ -41,9 +41,9 @@ class TaskState(Enum):
     CANCELLED = "cancelled"
     ABANDONED = "abandoned"
 
-    __hash__ = (
-        object.__hash__
-    )  # by identity, as they compare; Enum's own is Python code, and tasks are counted by state
+    if not TYPE_CHECKING:
+        # By identity, as they compare. Enum's own is Python code, and tasks are counted by state.
+        __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True)
