@@ -23,7 +23,6 @@ from asgi_deferred import (
     RunnerClosed,
     TaskEvent,
     TaskState,
-    current_tasks,
     tasks_from,
 )
 from asgi_deferred._completion import WHEN
@@ -110,7 +109,7 @@ class Machine(RuleBasedStateMachine):
 
     # The tasks
 
-    def function(self, kind: str) -> Callable[..., Any]:
+    def function(self, kind: str, tasks: Any) -> Callable[..., Any]:
         async def note() -> None:
             self.called[kind] += 1
 
@@ -128,10 +127,10 @@ class Machine(RuleBasedStateMachine):
             raise SystemExit(kind)
 
         async def nest() -> None:
-            self.add(current_tasks(), "note", "always", None)
+            self.add(tasks, "note", "always", None)
 
         def nest_sync() -> None:
-            self.add(current_tasks(), "note_sync", "always", None)
+            self.add(tasks, "note_sync", "always", None)
 
         async def yield_forever() -> None:
             while True:
@@ -146,10 +145,10 @@ class Machine(RuleBasedStateMachine):
         }
         return functions[kind]
 
-    def add(self, tasks: DeferredTasks, kind: str, when: Any, key: str | None) -> None:
+    def add(self, tasks: Any, kind: str, when: Any, key: str | None) -> None:
         timeout = 0.01 if kind == "yield_forever" else None
         try:
-            task = tasks.options(when=when, key=key, timeout=timeout).add_task(self.function(kind))
+            task = tasks.options(when=when, key=key, timeout=timeout).add_task(self.function(kind, tasks))
         except (BacklogFull, RunnerClosed):
             return
         self.accepted.append(task)
@@ -271,3 +270,18 @@ def test_every_task_ends_exactly_once(backend: str) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
     case.TestCase("runTest").runTest()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_kind_of_task(backend: str) -> None:
+    """G2: each kind of task that the machine knows ends exactly once in a plain run."""
+    machine = type("Each", (Machine,), {"backend": BACKENDS[backend]})()
+    machine.start(live=True, concurrent=False, limits=(3, 2), overflow="wait")
+    machine.begin()
+    for kind in KINDS:
+        if kind != "wait":
+            machine.add(machine.requests[0].tasks, kind, "always", None)
+    machine.portal.call(machine.requests[0].end.set)
+    machine.portal.call(machine.runner.wait_idle)
+    machine.teardown()
+    assert machine.called == {"note": 2, "note_sync": 2, "returns_awaitable": 1}
