@@ -28,7 +28,8 @@ ASGI: HTTP & WebSocket spec, sections "Response Body", "Close"; extensions "http
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 _LIKE_BODY = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
@@ -55,21 +56,24 @@ class Outcome:
         status: The response's status; `None` for an accepted websocket, or if no response was started.
         complete: Whether the final message was handed to the server.
         error: What the application raised. It keeps its traceback, and so the frames of the failed request.
+        success: Complete, no error, and a status (if there is one) below 400. A websocket need not be complete.
     """
 
     type: Literal["http", "websocket", "lifespan"]
     status: int | None = None
     complete: bool = False
     error: BaseException | None = None
+    success: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def success(self) -> bool:
-        """Complete, no error, and a status (if there is one) below 400. A websocket need not be complete."""
-        return (
-            (self.complete or self.type == "websocket")
-            and self.error is None
-            and (self.status is None or self.status < 400)
-        )
+    def __post_init__(self) -> None:
+        complete = self.complete or self.type == "websocket"
+        # A status that is no number may have got past the server.
+        below_400 = self.status is None or (isinstance(self.status, int) and self.status < 400)
+        object.__setattr__(self, "success", complete and self.error is None and below_400)
+
+
+# Requests that end alike share one.
+without_error = lru_cache(typed=True)(Outcome)
 
 
 When: TypeAlias = Literal["success", "complete", "failure", "always"] | Callable[[Outcome], bool]
@@ -79,10 +83,10 @@ WHEN = ("success", "complete", "failure", "always")
 
 def lets_through(when: When, outcome: Outcome) -> bool:
     """Decide from its outcome whether a request's task runs. Raises what a callable `when` raises."""
-    if when == "always":
-        return True
     if when == "success":
         return outcome.success
+    if when == "always":
+        return True
     if when == "failure":
         return not outcome.success
     if when == "complete":

@@ -170,11 +170,11 @@ class CaptureDeferred:
             if task.state is not TaskState.PENDING:
                 continue
             if task._async:
-                task._context.run(async_to_sync(self._runner._run_async), task)
+                task._context.run(async_to_sync(self._runner._run_async), task, task.timeout)
             else:
                 awaitable = task._context.run(self._runner._run_sync, task)
                 if awaitable is not None:
-                    task._context.run(async_to_sync(self._runner._run_awaitable), task, awaitable, task.timeout)
+                    task._context.run(async_to_sync(self._runner._run_async), task, task.timeout, awaitable)
         for task in self._deferred:
             if task.error is not None:
                 raise task.error

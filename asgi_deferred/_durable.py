@@ -51,5 +51,4 @@ async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
         tasks._start = message
     elif is_final(tasks._start, message):
         tasks._complete = True
-        tasks._runner._register(tasks)
     await send(message)

@@ -17,8 +17,8 @@ from ._completion import is_final
 from ._durable import UNAVAILABLE, hold
 from ._exceptions import EnqueueFailed
 from ._lifespan import run_lifespan
-from ._runner import Runner, request_line
-from ._tasks import KEY, DeferredTasks, current
+from ._runner import Runner
+from ._tasks import KEY, DeferredTasks, reset_current, set_current
 
 
 class ASGIApp(Protocol):
@@ -80,7 +80,7 @@ class DeferredMiddleware:
 
         scope = scope.copy()
         scope[KEY] = tasks
-        token = current.set(tasks)
+        token = set_current(tasks)
         try:
             if kind == "websocket":
                 receive = _noting(tasks, receive)
@@ -90,11 +90,13 @@ class DeferredMiddleware:
             if not (isinstance(exc, EnqueueFailed) and tasks._start is UNAVAILABLE):
                 raise
         finally:
-            current.reset(token)
+            reset_current(token)
             tasks._ended = not tasks._tasks
             if tasks._tasks:  # looked at last: another thread may have added one just now
-                tasks._request = request_line(scope)
-                await self.runner._end(tasks)
+                tasks._request = scope.get("method", kind), scope.get("path", "")
+                waiting = self.runner._end(tasks)
+                if waiting is not None:
+                    await waiting
 
 
 def _noting(tasks: DeferredTasks, receive: Any) -> Any:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -33,7 +33,7 @@ from anyio.lowlevel import RunVar, checkpoint, checkpoint_if_cancelled
 
 from ._completion import Outcome, When, lets_through
 from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, RunnerClosed
-from ._scheduler import Scheduler, Session, soon_here, torn_down
+from ._scheduler import Scheduler, Session, Strand, soon_here, torn_down
 from ._tasks import (
     DeferredTask,
     DeferredTasks,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = getLogger("asgi_deferred")
 
-PENDING, RUNNING = TaskState.PENDING, TaskState.RUNNING
+PENDING, RUNNING, SUCCEEDED = TaskState.PENDING, TaskState.RUNNING, TaskState.SUCCEEDED
 
 Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
 
@@ -177,7 +177,7 @@ class Runner:
                 )
             self._live = session
         tasks = DeferredTasks(self, "lifespan")
-        tasks._complete, tasks._ended, tasks._session = True, True, session
+        tasks._complete, tasks._ended, tasks._strand = True, True, Strand(session, tasks._tasks)
         before = current.get()
         error: Exception | None = None
         try:
@@ -208,31 +208,20 @@ class Runner:
 
     # A request ends
 
-    def _register(self, tasks: DeferredTasks) -> None:
-        """Let a drain wait for a request that has tasks and has not returned yet."""
-        session = self._live
-        if session is not None and session.open:
-            session.registered.add(tasks)
-            tasks._session = session
-
-    async def _end(self, tasks: DeferredTasks) -> None:
-        """Run what the request deferred: in the background, or without a lifespan here and now."""
-        session = self._home(tasks)
-        if session is None:
-            await self._run_here(tasks)
-            return
+    def _end(self, tasks: DeferredTasks) -> Awaitable[None] | None:
+        """Have run what the request deferred, in the background; return what the call has to await, if anything."""
+        session = tasks._strand.session if tasks._strand is not None else self._live
+        if session is None or not session.open or session.thread != get_ident():
+            return self._run_here(tasks)
         session.hand_over(tasks)
         if self._unfinished > self.max_pending and not isinstance(tasks._error, get_cancelled_exc_class()):
-            await self._until(self.max_pending)
-
-    def _home(self, tasks: DeferredTasks) -> Session | None:
-        """Return the live session, if there is one on this event loop."""
-        session = tasks._session or self._live
-        return session if session is not None and session.open and session.thread == get_ident() else None
+            return self._until(self.max_pending)
+        return None
 
     async def _run_here(self, tasks: DeferredTasks) -> None:
-        if tasks._session is not None:
-            tasks._session.unregister(tasks)
+        """Run a list where there is no lifespan to do so."""
+        if tasks._strand is not None:
+            tasks._strand.session.let_go(tasks)
         scheduler = self._scheduler()
         session = Session(scheduler, shield=True)
         session.draining.set()
@@ -307,8 +296,8 @@ class Runner:
             if tasks._ended:  # looked at last: a request without tasks ends without taking the lock
                 tasks._tasks.pop()
                 self._accept_late(tasks, task)
-            else:
-                self._register(tasks)
+            elif tasks._strand is None and self._live is not None and self._live.open:
+                self._live.expect(tasks)
             self._accepted += 1
             self._unfinished += 1
             if task.key is not None:
@@ -320,7 +309,8 @@ class Runner:
             self._cancel(replaced)
 
     def _accept_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
-        session = tasks._session
+        strand = tasks._strand
+        session = strand.session if strand is not None else None
         if session is None or not session.open:
             session = self._live
         if session is None or not session.open:
@@ -328,8 +318,7 @@ class Runner:
                 f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
                 "Add tasks before the response ends, or run the application with a lifespan."
             )
-        strand = tasks._strand
-        if session is tasks._session and strand is not None and strand.active and strand.queue is not tasks._tasks:
+        if strand is not None and strand.session is session and strand.active and strand.queue is not tasks._tasks:
             tasks._tasks.append(task)
         session.add_late(tasks, task)
 
@@ -357,9 +346,6 @@ class Runner:
                     f"{task.name!a} was not enqueued ({task.state.name}), so the response was not sent: its engine "
                     "refused it or did not answer in time. Is the broker up?"
                 ) from task.error
-
-    def _is_concurrent(self, tasks: DeferredTasks) -> bool:
-        return self.concurrent or tasks._type == "lifespan"
 
     def _begin(self, task: DeferredTask) -> bool:
         """Claim a task that is about to run, in its context; return whether it shall."""
@@ -399,7 +385,7 @@ class Runner:
                 for limit in [limit for limit in self._waiters if self._unfinished <= limit]:
                     for wake in self._waiters.pop(limit):
                         wake()
-        if state is not TaskState.SUCCEEDED:
+        if state is not SUCCEEDED:
             self._log(task)
         if self.observers:
             self._notify(task, state)
@@ -439,23 +425,19 @@ class Runner:
 
     # One task runs
 
-    async def _run_async(self, task: DeferredTask) -> None:
-        if self._begin(task):
-            await self._complete(task, task.timeout, None)
-
-    async def _run_awaitable(self, task: DeferredTask, awaitable: Awaitable[Any], left: float | None) -> None:
-        """Await what a sync function returned; it began in a thread."""
-        await self._complete(task, left, awaitable)
-
-    async def _complete(self, task: DeferredTask, timeout: float | None, awaitable: Awaitable[Any] | None) -> None:
+    async def _run_async(
+        self, task: DeferredTask, timeout: float | None, returned: Awaitable[Any] | None = None
+    ) -> None:
+        """Run an async task; or await what a sync one `returned`, which began in a thread."""
+        if returned is None and not self._begin(task):
+            return
         try:
-            async with self._entered_async(task, called=awaitable is not None) if self.around else _NOTHING:
-                call: Any = task._call(*task.args, **task.kwargs) if awaitable is None else awaitable
-                if timeout is None:
-                    await call
-                else:
+            if timeout is None and not self.around:
+                await (task._call(*task.args, **task.kwargs) if returned is None else returned)
+            else:
+                async with self._entered_async(task, called=returned is not None) if self.around else _NOTHING:
                     with move_on_after(timeout) as scope:
-                        await call
+                        await (task._call(*task.args, **task.kwargs) if returned is None else returned)
                     if scope.cancelled_caught:
                         raise _TimeUp(f"timeout={task.timeout} s is over")
         except BaseException as exc:
@@ -471,7 +453,7 @@ class Runner:
             else:
                 self._finish(task, TaskState.FAILED, exc)
         else:
-            self._finish(task, TaskState.SUCCEEDED)
+            self._finish(task, SUCCEEDED)
 
     def _run_sync(self, task: DeferredTask) -> Awaitable[Any] | None:
         """Run a sync task, in its context and a thread; return what is to be awaited before it has ended."""
@@ -489,7 +471,7 @@ class Runner:
         except BaseException as exc:
             self._finish(task, TaskState.FAILED, exc)
         else:
-            self._finish(task, TaskState.SUCCEEDED)
+            self._finish(task, SUCCEEDED)
         return None
 
     def _time_out(self, task: DeferredTask) -> None:
@@ -535,12 +517,8 @@ _NOTHING: nullcontext[None] = nullcontext()
 
 def describe(task: DeferredTask) -> str:
     """Name a task for the log, on one line whatever the request's path holds, and without its arguments."""
-    request = f", request {task._tasks._request!a}" if task._tasks._request else ""
+    request = ", request {!a}".format("{} {}".format(*task._tasks._request)) if task._tasks._request else ""
     return f"deferred task {task.name!a}, added at {task.added_at}{request}"
-
-
-def request_line(scope: Mapping[str, Any]) -> str:
-    return f"{scope.get('method', scope['type'])} {scope.get('path', '')}"
 
 
 def _refuse_generator(func: Callable[..., Any], result: object) -> None:

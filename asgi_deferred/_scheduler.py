@@ -1,7 +1,8 @@
 """Where and when task lists run on one event loop.
 
 1. A *strand* is a queue of tasks that run one at a time, in order: those of a list, or one of a concurrent list.
-   It is active from the moment it has something to run until its queue is found empty, under the runner's lock.
+   A session has a list's strand from the first task on, so that a drain waits for the list's request. It is active from
+   the end of that request until its queue is found empty, under the runner's lock.
 2. A *session* owns the task group in which strands run, and ends only when all of them have: one for the lifespan,
    or, without a lifespan, one for each ASGI call. When it ends, what is left is ABANDONED, so that every task ends.
 3. The *scheduler*, one per event loop, hands out slots (`max_concurrency`) and threads (`max_threads`) first come,
@@ -114,13 +115,13 @@ class Strand:
 
     __slots__ = ("active", "current", "freed", "position", "queue", "session")
 
-    def __init__(self, session: Session, tasks: list[DeferredTask]) -> None:
+    def __init__(self, session: Session, tasks: list[DeferredTask], *, active: bool = False) -> None:
         self.session = session
         self.queue = tasks
         self.position = 0
         self.current: DeferredTask | None = None
         self.freed: Event | None = None
-        self.active = True
+        self.active = active
 
     def head(self) -> DeferredTask | None:
         """Return the next task that is still PENDING. Under the runner's lock."""
@@ -167,23 +168,21 @@ class Scheduler:
                 strand = self.waiting.popleft()
             else:
                 return
-            if self._claim(strand):
-                self.slots -= 1
-                strand.session.dispatch(strand)
-
-    def _claim(self, strand: Strand) -> bool:
-        with self.runner._lock:
+            session = strand.session
             task = strand.head()
-            if task is None or strand.session.cancelled:
-                strand.session.retire(strand)
-                return False
+            if task is not None and not task._async and not self.threads and not session.cancelled:
+                self.parked.append(strand)
+                continue
+            self.slots -= 1
+            if task is None or session.cancelled:
+                self.release(strand)
+                continue
             if not task._async:
-                if not self.threads:
-                    self.parked.append(strand)
-                    return False
                 self.threads -= 1
             strand.take()
-            return True
+            session.ready.append(strand)
+            if session.attendant is None:
+                session.summon()
 
     def release(self, strand: Strand) -> None:
         """Take a slot back, and queue what else the strand has."""
@@ -205,7 +204,7 @@ class Scheduler:
         """Let an engine's task end, past all that waits for a slot or a thread."""
         runner = self.runner
         if task._async:
-            await in_context(task._context, runner._run_async(task), lambda: None)
+            await in_context(task._context, runner._run_async(task, task.timeout), lambda: None)
             return
         returned: list[Awaitable[Any] | None] = []
         done = Event()
@@ -232,7 +231,7 @@ class Scheduler:
             runner._time_out(task)
         elif returned[0] is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            await in_context(task._context, runner._run_awaitable(task, returned[0], left), lambda: None)
+            await in_context(task._context, runner._run_async(task, left, returned[0]), lambda: None)
 
     def put_back(self, strand: Strand) -> None:
         """Let go of a strand that was claimed in a session that ended before the task was begun."""
@@ -312,7 +311,7 @@ class Worker:
                     task: Any = strand.current
                     try:
                         if task._async:
-                            run = runner._run_async(task)
+                            run = runner._run_async(task, task.timeout)
                             await in_context(task._context, run, self.before_waiting)
                         else:
                             await session.run_in_thread(strand, self)
@@ -325,7 +324,8 @@ class Worker:
                         return
                     if session.attendant is None:
                         session.attendant = self
-                    scheduler.pump()
+                    if scheduler.waiting or scheduler.parked:
+                        scheduler.pump()
                     units += 1
                     if session.ready and units % UNITS_IN_A_TURN == 0:
                         await checkpoint()
@@ -369,15 +369,14 @@ class Session:
         self.idle: list[Worker] = []
         self.attendant: Worker | None = None
         self.strands: set[Strand] = set()
-        self.registered: set[DeferredTasks] = set()
         self.scope = CancelScope(shield=shield)
         self.enqueue_first = False
         self.draining = Event()
         self.ended = Event()
-        self._settled = Event()
+        self._settled: Event | None = None
         self.thread = get_ident()
         self._context = copy_context()
-        if sniffio is not None:  # it sees no event loop from a callback, which `dispatch` may be called from
+        if sniffio is not None:  # it sees no event loop from a callback, which `summon` may be called from
             self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
 
     async def keep(
@@ -393,8 +392,8 @@ class Session:
                             self.hand_over(tasks)
                         await self.draining.wait()
                         while not self._close_if_idle():
-                            await self._settled.wait()
                             self._settled = Event()
+                            await self._settled.wait()
                     finally:
                         self.cancelled = True  # no strand starts in a group that is about to close
                         self.group.cancel_scope.cancel()
@@ -406,13 +405,16 @@ class Session:
         """Wait for what is left, `timeout` seconds at most; then cancel the rest and wait for that."""
         self.enqueue_first = True
         with self.runner._lock:
-            strands = self._take_engine_tasks(list(self.strands))
-        self._enqueue_strands(strands)
+            strands = self._take_engine_tasks([strand for strand in self.strands if strand.active])
+        for strand in strands:
+            self._start_enqueueing(strand)
         self.draining.set()
         with move_on_after(timeout):
             await self.ended.wait()
         if not self.ended.is_set():
-            names = Counter(ascii(task.name) for task in self._unfinished())
+            with self.runner._lock:
+                left = self._unfinished()
+            names = Counter(ascii(task.name) for task in left)
             logger.error(
                 "drain_timeout=%s s is over; abandoning deferred tasks: %s",
                 timeout,
@@ -421,26 +423,35 @@ class Session:
             self.scope.cancel()
             await self.ended.wait()
 
+    def expect(self, tasks: DeferredTasks) -> Strand:
+        """Let a drain wait for a request that has tasks. Under the runner's lock, from any thread."""
+        tasks._strand = Strand(self, tasks._tasks)
+        self.strands.add(tasks._strand)
+        return tasks._strand
+
+    def let_go(self, tasks: DeferredTasks) -> None:
+        """Wait no more for a request that runs its tasks elsewhere. From any thread."""
+        with self.runner._lock:
+            self.strands.discard(cast("Strand", tasks._strand))
+            tasks._strand = None
+        self.scheduler.soon(self.settle)
+
     def hand_over(self, tasks: DeferredTasks) -> None:
         """Take over the list of a request that has ended."""
         with self.runner._lock:
-            self.registered.discard(tasks)
             tasks._ended = True
-            tasks._session = self
-            if self.runner._is_concurrent(tasks):
-                strands = [Strand(self, [task]) for task in tasks._tasks]
+            strand = tasks._strand or self.expect(tasks)
+            if self.runner.concurrent:
+                self.strands.discard(strand)
+                strands = [Strand(self, [task], active=True) for task in tasks._tasks]
+                self.strands.update(strands)
             else:
-                tasks._strand = Strand(self, tasks._tasks)
-                strands = [tasks._strand]
-            self.strands.update(strands)
-            taken = self._take_engine_tasks(strands) if self.enqueue_first else []
-        self._enqueue_strands(taken)
+                strand.active = True
+                strands = [strand]
+            taken = self._take_engine_tasks(strands) if self.enqueue_first else ()
+        for strand in taken:
+            self._start_enqueueing(strand)
         self.scheduler.push(*strands)
-
-    def unregister(self, tasks: DeferredTasks) -> None:
-        """Let go of a request that runs its tasks elsewhere, from any thread."""
-        self.registered.discard(tasks)
-        self.scheduler.soon(self.settle)
 
     def add_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
         """Queue a task of a list that was handed over before. Under the runner's lock, from any thread."""
@@ -448,8 +459,8 @@ class Session:
         if strand is not None and strand.active and strand.session is self:
             strand.queue.append(task)
             return
-        strand = Strand(self, [task])
-        if not self.runner._is_concurrent(tasks):
+        strand = Strand(self, [task], active=True)
+        if not self.runner.concurrent and tasks._type != "lifespan":
             tasks._strand = strand
         self.strands.add(strand)
         self.scheduler.soon(self.scheduler.push, strand)
@@ -461,7 +472,7 @@ class Session:
             queue = strand.rest()
             tasks = [task for task in queue if task._call is not task.func]
             if tasks:
-                taken.append(rest := Strand(self, tasks))
+                taken.append(rest := Strand(self, tasks, active=True))
                 strand.queue = [task for task in queue if task._call is task.func]
                 strand.position = 0
                 if strand.current is not None and strand.current._call is not strand.current.func:
@@ -469,9 +480,8 @@ class Session:
         self.strands.update(taken)
         return taken
 
-    def _enqueue_strands(self, strands: list[Strand]) -> None:
-        for strand in strands:
-            self._context.run(self.group.start_soon, self._enqueue_strand, strand)
+    def _start_enqueueing(self, strand: Strand) -> None:
+        self._context.run(self.group.start_soon, self._enqueue_strand, strand)
 
     async def _enqueue_strand(self, strand: Strand) -> None:
         if strand.freed is not None:
@@ -493,13 +503,8 @@ class Session:
         self.settle()
 
     def settle(self) -> None:
-        if not self.strands and not self.registered:
+        if not self.strands and self._settled is not None:
             self._settled.set()
-
-    def dispatch(self, strand: Strand) -> None:
-        self.ready.append(strand)
-        if self.attendant is None:
-            self.summon()
 
     def summon(self) -> None:
         """Make an idle worker, or a new one, attend."""
@@ -530,17 +535,16 @@ class Session:
             self.runner._time_out(hop.task)
         elif hop.awaitable is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            run = self.runner._run_awaitable(hop.task, hop.awaitable, left)
+            run = self.runner._run_async(hop.task, left, hop.awaitable)
             await in_context(hop.task._context, run, worker.before_waiting)
 
     def _unfinished(self) -> list[DeferredTask]:
         tasks = [task for strand in self.strands for task in (strand.current, *strand.rest()) if task is not None]
-        tasks += [task for registered in self.registered for task in registered]
         return [task for task in tasks if task.state in (TaskState.PENDING, TaskState.RUNNING)]
 
     def _close_if_idle(self) -> bool:
         with self.runner._lock:
-            self.open = bool(self.strands or self.registered)
+            self.open = bool(self.strands)
             return not self.open
 
     def _sweep(self) -> None:
@@ -554,4 +558,3 @@ class Session:
             self.runner._finish_outside(task, TaskState.ABANDONED)
         with self.runner._lock:
             self.strands.clear()
-            self.registered.clear()

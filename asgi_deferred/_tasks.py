@@ -14,13 +14,13 @@ from time import perf_counter
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
-from ._completion import WHEN, Outcome, When
+from ._completion import WHEN, Outcome, When, without_error
 from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
 
 if TYPE_CHECKING:
     from ._runner import Runner
-    from ._scheduler import Session, Strand
+    from ._scheduler import Strand
 
 P = ParamSpec("P")
 
@@ -139,16 +139,16 @@ class DeferredTask:
         frame: FrameType,
     ) -> None:
         runner = tasks._runner
+        when, timeout, key, self._name, durable = options
         self._tasks = tasks
         self.func: Callable[..., Any] = func
         self.args: tuple[Any, ...] = args
         self.kwargs: dict[str, Any] = kwargs
-        self.when: When = options.when or runner.when
-        timeout = options.timeout or runner.timeout
+        self.when: When = when or runner.when
+        timeout = timeout or runner.timeout
         self.timeout: float | None = None if timeout == inf else timeout
-        self.key: Hashable = options.key
-        self.durable: bool = options.durable
-        self._name = options.name
+        self.key: Hashable = key
+        self.durable: bool = durable
         self.state: TaskState = TaskState.PENDING
         self.error: BaseException | None = None
         self._call: Callable[..., Any] = func
@@ -206,7 +206,6 @@ class DeferredTasks:
         "_outcome",
         "_request",
         "_runner",
-        "_session",
         "_start",
         "_strand",
         "_tasks",
@@ -223,9 +222,8 @@ class DeferredTasks:
         self._start: Any = _NOT_STARTED
         self._error: BaseException | None = None
         self._outcome: Outcome | None = None
-        self._request = ""
+        self._request: tuple[str, str] | None = None
         self._keys: dict[Hashable, DeferredTask] | None = None
-        self._session: Session | None = None
         self._strand: Strand | None = None
 
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
@@ -288,7 +286,10 @@ class DeferredTasks:
         if self._outcome is None and self._ended:
             status = self._start.get("status")
             complete = self._complete or (self._type == "websocket" and self._error is None)
-            self._outcome = Outcome(self._type, status, complete, self._error)
+            if self._error is None and isinstance(status, int):
+                self._outcome = without_error(self._type, status, complete)
+            else:
+                self._outcome = Outcome(self._type, status, complete, self._error)
         return self._outcome
 
     def _add(
@@ -338,6 +339,7 @@ class TaskAdder:
 _NO_OPTIONS = Options()
 
 current: ContextVar[DeferredTasks | None] = ContextVar("asgi_deferred", default=None)
+set_current, reset_current = current.set, current.reset
 
 
 def current_tasks() -> DeferredTasks:
@@ -401,8 +403,11 @@ def name_of(func: Any) -> str:
 def is_async(func: Any) -> bool:
     """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
     inner = func.__func__ if type(func) is MethodType else func
-    if type(inner) is FunctionType and inner.__code__.co_flags & CO_COROUTINE:
-        return True
+    if type(inner) is FunctionType:
+        if inner.__code__.co_flags & CO_COROUTINE:
+            return True
+        if not inner.__dict__:  # nor has anyone marked it as one
+            return False
     func = unwrap_partial(func)
     return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
 

@@ -31,7 +31,7 @@ from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
 
 __all__ = ["inline", "record"]
 
-_accept, _finish, _end = Runner._accept, Runner._finish, Runner._end
+_accept, _finish = Runner._accept, Runner._finish
 
 
 @contextmanager
@@ -101,10 +101,10 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
         return finished
 
     async def end(runner: Runner, tasks: DeferredTasks) -> None:
-        await _end(runner, tasks)
+        await runner._run_here(tasks)
         error = errors.pop(tasks, None)
         if error is not None and raise_errors and tasks._error is None:
             raise error
 
-    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end, _home=lambda *_: None):
+    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end):
         yield
