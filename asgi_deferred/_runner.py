@@ -462,8 +462,7 @@ class Runner:
         if not self._begin(task):
             return None
         try:
-            with self._entered(task) if self.around else _NOTHING:
-                result = task._call(*task.args, **task.kwargs)
+            result = self._call_around(task) if self.around else task._call(*task.args, **task.kwargs)
             if result is not None:
                 if isawaitable(result):
                     return result
@@ -478,14 +477,13 @@ class Runner:
         """Give up on a sync task whose thread goes on."""
         self._finish_outside(task, TaskState.TIMED_OUT, _TimeUp(f"timeout={task.timeout} s is over"))
 
-    @contextmanager
-    def _entered(self, task: DeferredTask) -> Iterator[None]:
+    def _call_around(self, task: DeferredTask) -> Any:
         with ExitStack() as stack:
             for around in self.around:
                 manager = around(task)
                 if isinstance(manager, AbstractContextManager):
                     stack.enter_context(manager)
-            yield
+            return task._call(*task.args, **task.kwargs)
 
     @asynccontextmanager
     async def _entered_async(self, task: DeferredTask, *, called: bool) -> AsyncIterator[None]:

@@ -69,8 +69,10 @@ def soon_here() -> Callable[..., None]:
     call_soon = native.run_sync_soon if hasattr(native, "run_sync_soon") else native.call_soon_threadsafe
 
     def soon(func: Callable[..., object], *args: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and its sessions with it
+        try:
             call_soon(func, *args)
+        except RuntimeError:  # the loop is closed, and its sessions with it
+            pass
 
     return soon
 
@@ -520,12 +522,16 @@ class Session:
         task = strand.current
         assert task is not None
         hop = Hop(strand, task)
-        started = current_time()
+        timeout = task.timeout
         self.runner._threads.start(hop.run, partial(self.scheduler.soon, self.scheduler.thread_done, hop))
         worker.before_waiting()
         try:
-            with move_on_after(task.timeout):
+            if timeout is None:
                 await hop.done.wait()
+            else:
+                deadline = current_time() + timeout
+                with move_on_after(timeout):
+                    await hop.done.wait()
         except BaseException:
             if not hop.abandon():
                 hop.discard()
@@ -534,7 +540,7 @@ class Session:
         if not hop.done.is_set() and hop.abandon():
             self.runner._time_out(hop.task)
         elif hop.awaitable is not None:
-            left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
+            left = None if timeout is None else max(0.0, deadline - current_time())
             run = self.runner._run_async(hop.task, left, hop.awaitable)
             await in_context(hop.task._context, run, worker.before_waiting)
 
