@@ -32,7 +32,8 @@ UNAVAILABLE = {
 async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
     """Send a message of a response that has durable tasks: its start and its end once those tasks are stored."""
     starts = "status" in message
-    if starts or is_final(tasks._start, message):
+    ends = not starts and is_final(tasks._start, message)
+    if starts or ends:
         while tasks._durable and tasks._error is None:
             tasks._durable = False
             try:
@@ -49,6 +50,6 @@ async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
         raise tasks._error
     if starts:
         tasks._start = message
-    elif is_final(tasks._start, message):
+    elif ends:
         tasks._complete = True
     await send(message)

@@ -93,7 +93,7 @@ class DeferredMiddleware:
             reset_current(token)
             tasks._ended = not tasks._tasks
             if tasks._tasks:  # looked at last: another thread may have added one just now
-                tasks._request = scope.get("method", kind), scope.get("path", "")
+                tasks._request = f"{scope.get('method', kind)} {scope.get('path', '')}"
                 waiting = self.runner._end(tasks)
                 if waiting is not None:
                     await waiting

@@ -10,14 +10,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     AsyncExitStack,
     ExitStack,
     asynccontextmanager,
-    contextmanager,
     nullcontext,
 )
 from functools import partial
@@ -515,7 +514,7 @@ _NOTHING: nullcontext[None] = nullcontext()
 
 def describe(task: DeferredTask) -> str:
     """Name a task for the log, on one line whatever the request's path holds, and without its arguments."""
-    request = ", request {!a}".format("{} {}".format(*task._tasks._request)) if task._tasks._request else ""
+    request = f", request {task._tasks._request!a}" if task._tasks._request else ""
     return f"deferred task {task.name!a}, added at {task.added_at}{request}"
 
 

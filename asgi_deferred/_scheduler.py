@@ -69,10 +69,8 @@ def soon_here() -> Callable[..., None]:
     call_soon = native.run_sync_soon if hasattr(native, "run_sync_soon") else native.call_soon_threadsafe
 
     def soon(func: Callable[..., object], *args: object) -> None:
-        try:
+        with suppress(RuntimeError):  # the loop is closed, and its sessions with it
             call_soon(func, *args)
-        except RuntimeError:  # the loop is closed, and its sessions with it
-            pass
 
     return soon
 
@@ -224,7 +222,9 @@ class Scheduler:
         try:
             with move_on_after(task.timeout):
                 await self.enqueueing.acquire()
-                runner._threads.start(job, partial(self.soon, free))
+                if not self.start_thread(task, job, free):
+                    self.enqueueing.release()
+                    return
                 await done.wait()
         except BaseException:
             runner._finish_outside(task, TaskState.ABANDONED)
@@ -234,6 +234,15 @@ class Scheduler:
         elif returned[0] is not None:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
             await in_context(task._context, runner._run_async(task, left, returned[0]), lambda: None)
+
+    def start_thread(self, task: DeferredTask, job: Callable[[], None], done: Callable[[], None]) -> bool:
+        """Run `job` in a thread, and `done` here after it; return False if the task FAILED for want of a thread."""
+        try:
+            self.runner._threads.start(job, partial(self.soon, done))
+        except RuntimeError as exc:  # the system's limit is lower than ours
+            self.runner._finish_outside(task, TaskState.FAILED, exc)
+            return False
+        return True
 
     def put_back(self, strand: Strand) -> None:
         """Let go of a strand that was claimed in a session that ended before the task was begun."""
@@ -442,6 +451,7 @@ class Session:
         """Take over the list of a request that has ended."""
         with self.runner._lock:
             tasks._ended = True
+            tasks._forget_start()
             strand = tasks._strand or self.expect(tasks)
             if self.runner.concurrent:
                 self.strands.discard(strand)
@@ -523,7 +533,9 @@ class Session:
         assert task is not None
         hop = Hop(strand, task)
         timeout = task.timeout
-        self.runner._threads.start(hop.run, partial(self.scheduler.soon, self.scheduler.thread_done, hop))
+        if not self.scheduler.start_thread(task, hop.run, partial(self.scheduler.thread_done, hop)):
+            self.scheduler.threads += 1
+            return
         worker.before_waiting()
         try:
             if timeout is None:

@@ -222,7 +222,7 @@ class DeferredTasks:
         self._start: Any = _NOT_STARTED
         self._error: BaseException | None = None
         self._outcome: Outcome | None = None
-        self._request: tuple[str, str] | None = None
+        self._request = ""
         self._keys: dict[Hashable, DeferredTask] | None = None
         self._strand: Strand | None = None
 
@@ -283,14 +283,20 @@ class DeferredTasks:
     @property
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
+        start = self._start  # looked at first: `_forget_start` comes after the outcome
         if self._outcome is None and self._ended:
-            status = self._start.get("status")
+            status = start.get("status")
             complete = self._complete or (self._type == "websocket" and self._error is None)
             if self._error is None and isinstance(status, int):
                 self._outcome = without_error(self._type, status, complete)
             else:
                 self._outcome = Outcome(self._type, status, complete, self._error)
         return self._outcome
+
+    def _forget_start(self) -> None:
+        """Keep the outcome, and not the headers."""
+        if self.outcome is not None:
+            self._start = _NOT_STARTED
 
     def _add(
         self,

@@ -24,7 +24,11 @@ class Threads:
         self._idle: list[SimpleQueue[tuple[Job, Job]]] = []
 
     def start(self, job: Job, done: Job) -> None:
-        """Run `job` in a thread of its own, then, once that thread is free again, `done`. Neither may raise."""
+        """Run `job` in a thread of its own, then, once that thread is free again, `done`. Neither may raise.
+
+        Raises:
+            RuntimeError: The system starts no more threads.
+        """
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
         if inbox is None:

@@ -227,18 +227,18 @@ async def test_a_foreign_thread_adds() -> None:
 async def test_a_waiting_task_does_not_hold_its_request() -> None:
     """G6: what a request held is gone while its task waits."""
 
-    class Held:
+    class Held(dict[str, Any]):
         pass
 
     refs: list[weakref.ref[Held]] = []
     go = anyio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        local = Held()
-        refs.extend([weakref.ref(local), weakref.ref(scope["held"])])
+        local, start = Held(), Held(OK[0])
+        refs.extend([weakref.ref(local), weakref.ref(start), weakref.ref(scope["held"])])
         defer(go.wait)
-        for message in OK:
-            await send(message)
+        await send(start)
+        await send(OK[1])
 
     wrapped = DeferredMiddleware(app)
     async with wrapped.runner:
@@ -252,7 +252,7 @@ async def test_a_waiting_task_does_not_hold_its_request() -> None:
         assert wrapped.runner.running == ["Event.wait"]
         del scope, send
         gc.collect()
-        assert [ref() for ref in refs] == [None, None, None]
+        assert [ref() for ref in refs] == [None] * 4
         go.set()
 
 

@@ -301,6 +301,29 @@ async def test_a_sync_task_can_run_its_own_event_loop() -> None:
     assert log == ["anyio", "asyncio"]
 
 
+async def test_a_system_without_threads_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """G3, G7: where the system starts no more threads, a sync task fails with its error, and it alone."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    log, runner = Log(), Runner(max_threads=1)
+    async with runner:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for timeout in (None, 60):
+                tasks = await run(
+                    runner,
+                    lambda tasks: tasks.options(timeout=timeout).add_task(log.note_sync, "lost"),
+                    lambda tasks: tasks.add_task(log.note, "async"),
+                )
+                assert states(tasks) == ["Log.note_sync FAILED", "Log.note SUCCEEDED"]
+        assert states(await run(runner, lambda tasks: tasks.add_task(log.note_sync, "sync")))[0].endswith("SUCCEEDED")
+    assert log == ["async", "async", "sync"]
+    failures = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [str(record.exc_info and record.exc_info[1]) for record in failures] == ["can't start new thread"] * 2
+
+
 def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """G7: a worker thread is reused, and ends when it has been idle for a while."""
     monkeypatch.setattr(_threads, "IDLE_SECONDS", 0.02)

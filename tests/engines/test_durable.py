@@ -549,3 +549,21 @@ async def test_engine_tasks_of_a_request_that_ends_while_draining() -> None:
         stuck.set()
     assert log == ["start 200", "body hello", "returned", "stored 1"]
     assert_conserved(runner)
+
+
+async def test_a_system_without_threads_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G2: a durable task whose blocking engine finds no thread is refused: the client gets a 503, and knows."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    log, runner = Wire(), Runner(max_threads=1)
+    engine = BlockingEngine(log)
+    app = DeferredMiddleware(responder(lambda tasks: tasks.options(durable=True).add_task(engine, "job")), runner)
+    async with runner:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            await request(app, log)
+        await request(app, log)
+    assert log == [*REFUSED, "returned", "stored job", "start 200", "body hello", "returned"]
+    assert_conserved(runner)
