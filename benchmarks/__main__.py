@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import counting, growth, processes, requests, serving, shutdown
+from . import counting, growth, processes, profiling, requests, serving, shutdown
 from ._report import RESULTS, heading, progress, save, summary, table
 
 BENCHMARKS = {
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "one-task-loops": requests.one_task_loops,
     "sync-tasks": requests.sync_tasks,
     "instructions": counting.instructions,
+    "profile": profiling.profile,
     "throughput": serving.throughput,
     "latency": serving.latency,
     "endpoints": serving.endpoints,

@@ -37,8 +37,8 @@ def instructions(factor: float) -> Result:
         "valgrind --tool=callgrind, 1500 requests less 500, a fixed hash seed, garbage collector off",
         samples,
         [
-            Comparison("ours", "wraps send", None, "bare app"),
-            Comparison("ours", "asgi-background", None, "bare app"),
+            Comparison("ours", "wraps send", 2.5, "bare app"),
+            Comparison("ours", "asgi-background", 1.6, "bare app"),
         ],
     )
 

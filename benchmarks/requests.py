@@ -11,6 +11,8 @@ import gc
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from queue import SimpleQueue
+from threading import Thread
 from time import perf_counter, process_time
 from typing import Any
 
@@ -195,6 +197,30 @@ def raw_apps(ended: Ended) -> dict[str, Any]:
     return {"asgi-background": BackgroundTaskMiddleware(asgi_background), "ours": DeferredMiddleware(ours)}
 
 
+@asynccontextmanager
+async def woken(ended: Ended) -> AsyncIterator[Any]:
+    """Make the least that can be: a request wakes a task that is there already, and forgets it. On asyncio only."""
+    loop = asyncio.get_running_loop()
+    summons: asyncio.Future[None] = loop.create_future()
+
+    async def work() -> None:
+        nonlocal summons
+        while True:
+            await summons
+            summons = loop.create_future()
+            await ended.task()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await bare(scope, receive, send)
+        summons.set_result(None)
+
+    worker = loop.create_task(work())
+    try:
+        yield app
+    finally:
+        worker.cancel()
+
+
 def framework_apps(ended: Ended) -> dict[str, Any]:
     async def in_starlette(request: Request) -> Response:
         return Response(background=BackgroundTask(ended.task))
@@ -233,7 +259,10 @@ def framework_apps(ended: Ended) -> dict[str, Any]:
 async def _one_task(rounds: int, what: str, frameworks: bool) -> dict[str, list[float]]:
     ended = Ended()
     apps = raw_apps(ended) | (framework_apps(ended) if frameworks else {})
-    async with started(apps):
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(started(apps))
+        if frameworks:
+            apps["a woken task"] = await stack.enter_async_context(woken(ended))
         contenders = {name: to_its_end(app, ended) for name, app in apps.items()}
         return await interleave(contenders, rounds, 50, what)
 
@@ -248,6 +277,7 @@ def one_task(factor: float) -> Result:
         anyio.run(_one_task, rounds, "one-task", True),
         [
             Comparison("ours", "asgi-background", 0.5),
+            Comparison("a woken task", "asgi-background"),
             Comparison("ours in Starlette", "Starlette"),
             Comparison("ours in FastAPI", "FastAPI"),
             Comparison("ours in Starlette", "Litestar"),
@@ -280,7 +310,11 @@ async def _sync_tasks(rounds: int) -> dict[str, list[float]]:
             tasks.add_task(_sync_task)
         return Response()
 
+    async def no_task(request: Request) -> Response:
+        return Response()
+
     runner = Runner()
+    plain = Starlette(routes=[Route("/", no_task)])
     theirs = Starlette(routes=[Route("/", in_starlette)])
     ours = DeferredMiddleware(Starlette(routes=[Route("/", ours_in_starlette)]), runner)
 
@@ -289,10 +323,33 @@ async def _sync_tasks(rounds: int) -> dict[str, list[float]]:
             await ours(one, receive, send)
             await runner.wait_idle()
 
-    async with started({"theirs": theirs, "ours": ours}):
-        return await interleave(
-            {"Starlette": returning(theirs), "ours in Starlette": run_ours}, rounds, 10, "sync-tasks", perf_counter
-        )
+    jobs: SimpleQueue[asyncio.Future[None] | None] = SimpleQueue()
+    loop = asyncio.get_running_loop()
+
+    def work() -> None:
+        while (ended := jobs.get()) is not None:
+            for _ in range(8):
+                _sync_task()
+            loop.call_soon_threadsafe(ended.set_result, None)
+
+    async def run_woken(scopes: list[dict[str, Any]]) -> None:
+        for one in scopes:
+            await plain(one, receive, send)
+            ended = loop.create_future()
+            jobs.put(ended)
+            await ended
+
+    Thread(target=work).start()
+    try:
+        async with started({"theirs": theirs, "ours": ours}):
+            contenders: dict[str, Call] = {
+                "Starlette": returning(theirs),
+                "ours in Starlette": run_ours,
+                "a woken thread": run_woken,
+            }
+            return await interleave(contenders, rounds, 10, "sync-tasks", perf_counter)
+    finally:
+        jobs.put(None)
 
 
 def sync_tasks(factor: float) -> Result:
@@ -303,5 +360,5 @@ def sync_tasks(factor: float) -> Result:
         WAITING,
         method(rounds, 10),
         anyio.run(_sync_tasks, rounds),
-        [Comparison("ours in Starlette", "Starlette", 0.2)],
+        [Comparison("ours in Starlette", "Starlette", 0.2), Comparison("a woken thread", "Starlette")],
     )
