@@ -219,8 +219,6 @@ class Runner:
 
     async def _run_here(self, tasks: DeferredTasks) -> None:
         """Run a list where there is no lifespan to do so."""
-        if tasks._strand is not None:
-            tasks._strand.session.let_go(tasks)
         scheduler = self._scheduler()
         session = Session(scheduler, shield=True)
         session.draining.set()

@@ -436,23 +436,22 @@ class Session:
 
     def expect(self, tasks: DeferredTasks) -> Strand:
         """Let a drain wait for a request that has tasks. Under the runner's lock, from any thread."""
+        if tasks._strand is not None:  # a session that is closed by now, or on another event loop, expected them
+            other = tasks._strand.session
+            other.strands.discard(tasks._strand)
+            other.scheduler.soon(other.settle)
         tasks._strand = Strand(self, tasks._tasks)
         self.strands.add(tasks._strand)
         return tasks._strand
-
-    def let_go(self, tasks: DeferredTasks) -> None:
-        """Wait no more for a request that runs its tasks elsewhere. From any thread."""
-        with self.runner._lock:
-            self.strands.discard(cast("Strand", tasks._strand))
-            tasks._strand = None
-        self.scheduler.soon(self.settle)
 
     def hand_over(self, tasks: DeferredTasks) -> None:
         """Take over the list of a request that has ended."""
         with self.runner._lock:
             tasks._ended = True
             tasks._forget_start()
-            strand = tasks._strand or self.expect(tasks)
+            strand = tasks._strand
+            if strand is None or strand.session is not self:
+                strand = self.expect(tasks)
             if self.runner.concurrent:
                 self.strands.discard(strand)
                 strands = [Strand(self, [task], active=True) for task in tasks._tasks]

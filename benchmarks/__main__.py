@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import counting, growth, processes, profiling, requests, serving, shutdown
-from ._report import RESULTS, heading, progress, save, summary, table
+from ._report import RESULTS, heading, progress, save, save_index, summary, table
 
 BENCHMARKS = {
     "no-tasks": requests.no_tasks,
@@ -38,6 +38,7 @@ def main() -> None:
         progress(f"{name} ...")
         results.append(BENCHMARKS[name](arguments.rounds))
         save(results[-1])
+        save_index()
         progress("")
         print(f"\n{table(results[-1])}")
     print(f"\n{summary(results)}\n\nFigures and plots: {RESULTS}")

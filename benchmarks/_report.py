@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -97,6 +98,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "absent"
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
@@ -110,9 +112,7 @@ def progress(text: str) -> None:
 
 
 def heading() -> str:
-    about = environment()
-    packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return f"{about['python']}, {about['system']}, {about['cores']} cores\n{packages}"
+    return _run(environment())
 
 
 def _number(value: float) -> str:
@@ -166,6 +166,37 @@ def save(result: Result) -> None:
         comparison |= {"ratio": one.ratio, "spread": spread(one.ratios), "met": one.met}
     (RESULTS / f"{result.name}.json").write_text(json.dumps(data, indent=1) + "\n")
     _plot(result)
+
+
+def save_index() -> None:
+    """Write a table of all that was ever saved, each row with its date."""
+    lines = ["# Results", "", "Written by `python -m benchmarks`; the ratio is ours to the peer's.", ""]
+    lines += ["| row | ours | peer | ratio | spread | bar | |", "|---|---|---|---|---|---|---|"]
+    runs: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        data = json.loads(path.read_text())
+        runs.setdefault(_run(data["environment"]), []).append(data["name"])
+        for one in data["comparisons"]:
+            low, high = one["spread"]
+            bar = "" if one["bar"] is None else f"{'≥' if one['at_least'] else '≤'} {one['bar']:g}"
+            met = "" if one["bar"] is None else "met" if one["met"] else "**not met**"
+            cells = [
+                data["name"],
+                one["ours"],
+                one["peer"],
+                f"{one['ratio']:.3g}",
+                f"{low:.3g} to {high:.3g}",
+                bar,
+                met,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {', '.join(names)}: {run}" for run, names in runs.items())]
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _run(about: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return f"{about['date']}, {about['python']}, {about['system']}, {about['cores']} cores; {packages}"
 
 
 def _plot(result: Result) -> None:
