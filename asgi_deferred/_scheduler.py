@@ -7,9 +7,10 @@
    or, without a lifespan, one for each ASGI call. When it ends, what is left is ABANDONED, so that every task ends.
 3. The *scheduler*, one per event loop, hands out slots (`max_concurrency`) and threads (`max_threads`) first come,
    first served, across sessions. A strand that waits for a thread holds no slot.
-4. A *worker* is a pooled anyio task that runs one unit after another: an async task, stepped in the context of the
-   line that added it, or a run of sync tasks in one hop to a thread. No worker runs a user's code before it has
-   yielded to the event loop, so nothing of the user's runs inside `add_task` or the ASGI call.
+4. A *worker* is a pooled anyio task that runs one async task after another, each stepped in the context of the line
+   that added it. No worker runs a user's code before it has yielded to the event loop, so nothing of the user's runs
+   inside `add_task` or the ASGI call. A run of sync tasks is one *hop* to a thread, which needs no worker, but to time
+   it, or to await what it returned.
    Engines' tasks take no slot when a response waits for them, or when the drain starts: nothing may hold those up.
 5. While a session has strands ready, one of its workers *attends*: it takes the next of them before it waits for
    anything. When a unit of its own makes it wait, another is summoned first. So strands wait for no other strand,
@@ -30,7 +31,7 @@ from logging import getLogger
 from math import inf
 from threading import get_ident
 from types import coroutine
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from anyio import (
     TASK_STATUS_IGNORED,
@@ -113,13 +114,14 @@ def torn_down() -> bool:
 class Strand:
     """Tasks that run one at a time, in order (rule 1)."""
 
-    __slots__ = ("active", "current", "freed", "position", "queue", "session")
+    __slots__ = ("active", "current", "freed", "hop", "position", "queue", "session")
 
     def __init__(self, session: Session, tasks: list[DeferredTask], *, active: bool = False) -> None:
         self.session = session
         self.queue = tasks
         self.position = 0
         self.current: DeferredTask | None = None
+        self.hop: Hop | None = None
         self.freed: Event | None = None
         self.active = active
 
@@ -177,12 +179,33 @@ class Scheduler:
             if task is None or session.cancelled:
                 self.release(strand)
                 continue
-            if not task._async:
-                self.threads -= 1
             strand.take()
-            session.ready.append(strand)
-            if session.attendant is None:
-                session.summon()
+            if task._async:
+                session.make_ready(strand)
+            else:
+                self.threads -= 1
+                self._start_hop(strand, task)
+
+    def _start_hop(self, strand: Strand, task: DeferredTask) -> None:
+        strand.hop = hop = Hop(strand, task)
+        # In the session's context: a thread, which may inherit it, outlives the request that happened to need it.
+        if not strand.session._context.run(self.start_thread, task, hop.run, partial(self._end_hop, hop)):
+            self.threads += 1
+            self.release(strand)
+        elif task.timeout is not None:
+            strand.session.make_ready(strand)
+
+    def _end_hop(self, hop: Hop) -> None:
+        self.threads += 1
+        hop.over = True
+        if hop.strand.hop is hop:  # or it was given up
+            if hop.done is not None:
+                hop.done.set()
+            elif hop.awaitable is not None:
+                hop.strand.session.make_ready(hop.strand)
+            elif hop.task.timeout is None:
+                self.release(hop.strand)
+        self.pump()
 
     def release(self, strand: Strand) -> None:
         """Take a slot back, and queue what else the strand has."""
@@ -190,7 +213,7 @@ class Scheduler:
         if strand.freed is not None:
             strand.freed.set()
         with self.runner._lock:
-            strand.current = None
+            strand.current = strand.hop = None
             if strand.head() is None or strand.session.cancelled:
                 strand.session.retire(strand)
             else:
@@ -244,29 +267,19 @@ class Scheduler:
             return False
         return True
 
-    def put_back(self, strand: Strand) -> None:
-        """Let go of a strand that was claimed in a session that ended before the task was begun."""
-        if not cast("DeferredTask", strand.current)._async:
-            self.threads += 1
-        self.release(strand)
-
-    def thread_done(self, hop: Hop) -> None:
-        self.threads += 1
-        hop.done.set()
-        self.pump()
-
 
 class Hop:
     """One trip of a strand to a thread, for one sync task with a timeout or for a run of them without."""
 
-    __slots__ = ("abandoned", "awaitable", "done", "finished", "strand", "task")
+    __slots__ = ("abandoned", "awaitable", "done", "finished", "over", "strand", "task")
 
     def __init__(self, strand: Strand, task: DeferredTask) -> None:
         self.strand = strand
         self.task = task
-        self.done = Event()
         self.finished = False
         self.abandoned = False  # whichever of the two comes first, under the runner's lock, excludes the other
+        self.over = False  # on the event loop's side
+        self.done: Event | None = None
         self.awaitable: Awaitable[Any] | None = None
 
     def run(self) -> None:
@@ -321,11 +334,11 @@ class Worker:
                     strand = session.ready.popleft()
                     task: Any = strand.current
                     try:
-                        if task._async:
+                        if strand.hop is None:
                             run = runner._run_async(task, task.timeout)
                             await in_context(task._context, run, self.before_waiting)
                         else:
-                            await session.run_in_thread(strand, self)
+                            await self.finish(strand.hop)
                     finally:
                         scheduler.release(strand)
                     if host is not None and host.cancelling():
@@ -356,6 +369,30 @@ class Worker:
                 session.idle.remove(self)
             self.before_waiting()
             scheduler.pump()
+
+    async def finish(self, hop: Hop) -> None:
+        """Await a sync task's thread, if that has a timeout, and then what the task returned."""
+        runner, timeout = self.session.runner, hop.task.timeout
+        if timeout is not None:
+            deadline = current_time() + timeout
+            if not hop.over:
+                hop.done = Event()
+                self.before_waiting()
+                try:
+                    with move_on_after(timeout):
+                        await hop.done.wait()
+                except BaseException:
+                    if not hop.abandon():
+                        hop.discard()
+                    runner._finish_outside(hop.task, TaskState.ABANDONED)
+                    raise
+                if not hop.over and hop.abandon():
+                    runner._time_out(hop.task)
+                    return
+            timeout = max(0.0, deadline - current_time())
+        if hop.awaitable is not None:
+            run = runner._run_async(hop.task, timeout, hop.awaitable)
+            await in_context(hop.task._context, run, self.before_waiting)
 
     def before_waiting(self) -> None:
         """Let another worker attend."""
@@ -517,6 +554,12 @@ class Session:
         if not self.strands and self._settled is not None:
             self._settled.set()
 
+    def make_ready(self, strand: Strand) -> None:
+        """Let a worker run what the strand has taken."""
+        self.ready.append(strand)
+        if self.attendant is None and not self.cancelled:
+            self.summon()
+
     def summon(self) -> None:
         """Make an idle worker, or a new one, attend."""
         if self.idle:
@@ -526,34 +569,6 @@ class Session:
             self.attendant = Worker(self)
             # In the session's context: a worker outlives the request that happened to need it.
             self._context.run(self.group.start_soon, self.attendant.run)
-
-    async def run_in_thread(self, strand: Strand, worker: Worker) -> None:
-        task = strand.current
-        assert task is not None
-        hop = Hop(strand, task)
-        timeout = task.timeout
-        if not self.scheduler.start_thread(task, hop.run, partial(self.scheduler.thread_done, hop)):
-            self.scheduler.threads += 1
-            return
-        worker.before_waiting()
-        try:
-            if timeout is None:
-                await hop.done.wait()
-            else:
-                deadline = current_time() + timeout
-                with move_on_after(timeout):
-                    await hop.done.wait()
-        except BaseException:
-            if not hop.abandon():
-                hop.discard()
-            self.runner._finish_outside(hop.task, TaskState.ABANDONED)
-            raise
-        if not hop.done.is_set() and hop.abandon():
-            self.runner._time_out(hop.task)
-        elif hop.awaitable is not None:
-            left = None if timeout is None else max(0.0, deadline - current_time())
-            run = self.runner._run_async(hop.task, left, hop.awaitable)
-            await in_context(hop.task._context, run, worker.before_waiting)
 
     def _unfinished(self) -> list[DeferredTask]:
         tasks = [task for strand in self.strands for task in (strand.current, *strand.rest()) if task is not None]
@@ -569,8 +584,12 @@ class Session:
             self.open = False
             self.cancelled = True
             left = self._unfinished()
-        while self.ready:
-            self.scheduler.put_back(self.ready.popleft())
+            claimed = {*self.ready, *(strand for strand in self.strands if strand.hop is not None)}
+        for strand in claimed:
+            if strand.hop is not None and not strand.hop.abandon():
+                strand.hop.discard()
+            self.scheduler.release(strand)
+        self.ready.clear()
         for task in left:
             self.runner._finish_outside(task, TaskState.ABANDONED)
         with self.runner._lock:

@@ -904,25 +904,39 @@ async def test_short_tasks_leave_others_their_turn() -> None:
     assert "turn" in log[log.index("task") : len(log) - log[::-1].index("task")]
 
 
-async def test_a_session_cancelled_before_its_tasks_began_gives_back_what_they_held() -> None:
-    """G2, G7: tasks that were about to run when their session is cancelled are abandoned, and hold no slot or thread."""
+async def test_a_cancelled_session_gives_back_what_its_tasks_held() -> None:
+    """G2, G7: what ran or was about to when a session is cancelled is abandoned; a slot is free then, a thread once done."""
     log = Log()
     runner = Runner(observers=[log])
+    entered, gate = anyio.Event(), threading.Event()
+    soon = functools.partial(_soon(), entered.set)
+
+    def block() -> None:
+        soon()
+        gate.wait()
+
     with anyio.CancelScope() as scope:
         async with runner:
+            await request(
+                DeferredMiddleware(responder(lambda tasks: tasks.options(name="block").add_task(block)), runner), Log()
+            )
+            await entered.wait()
             app = responder(
                 lambda tasks: tasks.add_task(log.note, "async"), lambda tasks: tasks.add_task(log.note_sync, "sync")
             )
             await request(DeferredMiddleware(app, runner), Log())
-            await request(
-                DeferredMiddleware(responder(lambda tasks: tasks.add_task(log.note_sync, "sync")), runner), Log()
-            )
             scope.cancel()
             await anyio.lowlevel.checkpoint()
-    assert sorted(log) == ["Log.note ABANDONED", "Log.note_sync ABANDONED", "Log.note_sync ABANDONED"]
+    assert log[0] == "block RUNNING"
+    assert sorted(log[1:]) == ["Log.note ABANDONED", "Log.note_sync ABANDONED", "block ABANDONED"]
     assert_conserved(runner)
     scheduler = runner._scheduler()
-    assert (scheduler.slots, scheduler.threads) == (runner.max_concurrency, runner.max_threads)
+    assert (scheduler.slots, scheduler.threads) == (runner.max_concurrency, runner.max_threads - 1)
+    gate.set()
+    with anyio.fail_after(10):
+        while scheduler.threads < runner.max_threads:
+            await anyio.lowlevel.checkpoint()
+    assert scheduler.slots == runner.max_concurrency
 
 
 async def test_a_drain_that_comes_as_a_thread_finishes() -> None:
