@@ -193,17 +193,17 @@ class Scheduler:
             self.threads += 1
             self.release(strand)
         elif task.timeout is not None:
+            hop.done = strand.session._context.run(Event)
             strand.session.make_ready(strand)
 
     def _end_hop(self, hop: Hop) -> None:
         self.threads += 1
-        hop.over = True
         if hop.strand.hop is hop:  # or it was given up
             if hop.done is not None:
                 hop.done.set()
             elif hop.awaitable is not None:
                 hop.strand.session.make_ready(hop.strand)
-            elif hop.task.timeout is None:
+            else:
                 self.release(hop.strand)
         self.pump()
 
@@ -271,15 +271,14 @@ class Scheduler:
 class Hop:
     """One trip of a strand to a thread, for one sync task with a timeout or for a run of them without."""
 
-    __slots__ = ("abandoned", "awaitable", "done", "finished", "over", "strand", "task")
+    __slots__ = ("abandoned", "awaitable", "done", "finished", "strand", "task")
 
     def __init__(self, strand: Strand, task: DeferredTask) -> None:
         self.strand = strand
         self.task = task
         self.finished = False
         self.abandoned = False  # whichever of the two comes first, under the runner's lock, excludes the other
-        self.over = False  # on the event loop's side
-        self.done: Event | None = None
+        self.done: Event | None = None  # where a worker waits for it
         self.awaitable: Awaitable[Any] | None = None
 
     def run(self) -> None:
@@ -373,22 +372,20 @@ class Worker:
     async def finish(self, hop: Hop) -> None:
         """Await a sync task's thread, if that has a timeout, and then what the task returned."""
         runner, timeout = self.session.runner, hop.task.timeout
-        if timeout is not None:
+        if timeout is not None and hop.done is not None:
             deadline = current_time() + timeout
-            if not hop.over:
-                hop.done = Event()
-                self.before_waiting()
-                try:
-                    with move_on_after(timeout):
-                        await hop.done.wait()
-                except BaseException:
-                    if not hop.abandon():
-                        hop.discard()
-                    runner._finish_outside(hop.task, TaskState.ABANDONED)
-                    raise
-                if not hop.over and hop.abandon():
-                    runner._time_out(hop.task)
-                    return
+            self.before_waiting()
+            try:
+                with move_on_after(timeout):
+                    await hop.done.wait()
+            except BaseException:
+                if not hop.abandon():
+                    hop.discard()
+                runner._finish_outside(hop.task, TaskState.ABANDONED)
+                raise
+            if not hop.done.is_set() and hop.abandon():
+                runner._time_out(hop.task)
+                return
             timeout = max(0.0, deadline - current_time())
         if hop.awaitable is not None:
             run = runner._run_async(hop.task, timeout, hop.awaitable)

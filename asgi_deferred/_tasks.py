@@ -295,8 +295,8 @@ class DeferredTasks:
 
     def _forget_start(self) -> None:
         """Keep the outcome, and not the headers."""
-        if self.outcome is not None:
-            self._start = _NOT_STARTED
+        self._outcome = self.outcome
+        self._start = _NOT_STARTED
 
     def _add(
         self,

@@ -890,6 +890,24 @@ async def test_idle_workers_are_few() -> None:
         assert len(session.idle) == 16
 
 
+async def test_a_worker_takes_what_another_was_called_for() -> None:
+    """G4: a list that arrives as another's task ends runs once, whichever worker is there first."""
+    log, gate, runner = Log(), anyio.Event(), Runner()
+
+    async def wait() -> None:
+        await gate.wait()
+        log.append("first")
+
+    async with runner:
+        await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(wait)), runner), Log())
+        await anyio.wait_all_tasks_blocked()
+        gate.set()
+        await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(log.note, "second")), runner), Log())
+        await runner.wait_idle()
+    assert log == ["first", "second"]
+    assert_conserved(runner)
+
+
 async def test_short_tasks_leave_others_their_turn() -> None:
     """G6: many tasks that never wait do not keep the event loop from what else it has to do."""
     log = Log()
@@ -904,10 +922,11 @@ async def test_short_tasks_leave_others_their_turn() -> None:
     assert "turn" in log[log.index("task") : len(log) - log[::-1].index("task")]
 
 
-async def test_a_cancelled_session_gives_back_what_its_tasks_held() -> None:
+@pytest.mark.parametrize("timeout", [None, 60])
+async def test_a_cancelled_session_gives_back_what_its_tasks_held(timeout: float | None) -> None:
     """G2, G7: what ran or was about to when a session is cancelled is abandoned; a slot is free then, a thread once done."""
     log = Log()
-    runner = Runner(observers=[log])
+    runner = Runner(observers=[log], timeout=timeout)
     entered, gate = anyio.Event(), threading.Event()
     soon = functools.partial(_soon(), entered.set)
 
