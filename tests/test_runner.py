@@ -890,6 +890,20 @@ async def test_idle_workers_are_few() -> None:
         assert len(session.idle) == 16
 
 
+async def test_a_task_can_be_cancelled_up_to_its_start() -> None:
+    """G2: a task that is cancelled when its turn has come, but has not begun, never runs."""
+    log = Log()
+    runner = Runner(observers=[log])
+    lists: list[DeferredTasks] = []
+    async with runner:
+        app = responder(lists.append, lambda tasks: tasks.add_task(log.note, "cancelled"))
+        await DeferredMiddleware(app, runner)(http_scope(), no_more_messages, Log().send)
+        assert next(iter(lists[0])).cancel()
+        await anyio.wait_all_tasks_blocked()
+    assert log == ["Log.note CANCELLED"]
+    assert_conserved(runner)
+
+
 async def test_a_worker_takes_what_another_was_called_for() -> None:
     """G4: a list that arrives as another's task ends runs once, whichever worker is there first."""
     log, gate, runner = Log(), anyio.Event(), Runner()
@@ -958,11 +972,12 @@ async def test_a_cancelled_session_gives_back_what_its_tasks_held(timeout: float
     assert scheduler.slots == runner.max_concurrency
 
 
-async def test_a_drain_that_comes_as_a_thread_finishes() -> None:
+@pytest.mark.parametrize("timeout", [None, 60])
+async def test_a_drain_that_comes_as_a_thread_finishes(timeout: float | None) -> None:
     """G2: a sync task is ABANDONED, and what it returned closed, if the drain cuts in before that could be awaited."""
     log, lists = Log(), list[DeferredTasks]()
     finished, gate, soon = anyio.Event(), threading.Event(), _soon()
-    runner = Runner(drain_timeout=0.01)
+    runner = Runner(drain_timeout=0.01, timeout=timeout)
     start = runner._threads.start
 
     def held(job: Callable[[], None], done: Callable[[], None]) -> None:
