@@ -112,7 +112,10 @@ def torn_down() -> bool:
 
 
 class Strand:
-    """Tasks that run one at a time, in order (rule 1)."""
+    """Tasks that run one at a time, in order (rule 1).
+
+    Its place in the queue belongs to whoever runs it: the event loop, or a thread, then under the runner's lock.
+    """
 
     __slots__ = ("active", "current", "freed", "hop", "position", "queue", "session")
 
@@ -126,7 +129,7 @@ class Strand:
         self.active = active
 
     def head(self) -> DeferredTask | None:
-        """Return the next task that is still PENDING. Under the runner's lock."""
+        """Return the next task that is still PENDING."""
         while self.position < len(self.queue):
             task = self.queue[self.position]
             if task.state is TaskState.PENDING:
@@ -139,7 +142,7 @@ class Strand:
         return self.queue[self.position :]
 
     def take(self) -> DeferredTask:
-        """Make the head the current task. Under the runner's lock."""
+        """Make the head the current task."""
         self.current = self.queue[self.position]
         self.position += 1
         return self.current
