@@ -173,23 +173,22 @@ class Scheduler:
                 strand = self.waiting.popleft()
             else:
                 return
-            session = strand.session
             task = strand.head()
-            if task is not None and not task._async and not self.threads and not session.cancelled:
-                self.parked.append(strand)
-                continue
             self.slots -= 1
-            if task is None or session.cancelled:
+            if task is None or strand.session.cancelled:
                 self.release(strand)
-                continue
-            strand.take()
-            if task._async:
-                session.make_ready(strand)
-            else:
+            elif task._async:
+                strand.take()
+                strand.session.make_ready(strand)
+            elif self.threads:
                 self.threads -= 1
-                self._start_hop(strand, task)
+                self._start_hop(strand)
+            else:
+                self.slots += 1
+                self.parked.append(strand)
 
-    def _start_hop(self, strand: Strand, task: DeferredTask) -> None:
+    def _start_hop(self, strand: Strand) -> None:
+        task = strand.take()
         strand.hop = hop = Hop(strand, task)
         # In the session's context: a thread, which may inherit it, outlives the request that happened to need it.
         if not strand.session._context.run(self.start_thread, task, hop.run, partial(self._end_hop, hop)):
@@ -339,10 +338,12 @@ class Worker:
                         if strand.hop is None:
                             run = runner._run_async(task, task.timeout)
                             await in_context(task._context, run, self.before_waiting)
+                            del run
                         else:
                             await self.finish(strand.hop)
                     finally:
                         scheduler.release(strand)
+                        del strand, task  # an idle worker keeps nothing of its last task alive
                     if host is not None and host.cancelling():
                         # The user's code cancelled this very task. The next one must not pay for it, nor the group.
                         with suppress(get_cancelled_exc_class()):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -888,6 +890,41 @@ async def test_idle_workers_are_few() -> None:
         session = runner._live
         assert session is not None
         assert len(session.idle) == 16
+
+
+async def test_an_ended_task_is_forgotten() -> None:
+    """G6: once a task has ended, nothing keeps it or its arguments alive, however idle the application is from then on."""
+
+    class Held:
+        pass
+
+    async def work(held: Held) -> None: ...
+
+    def work_sync(held: Held) -> None: ...
+
+    def work_in_two_steps(held: Held) -> Any:
+        return work(held)
+
+    runner = Runner()
+    async with runner:
+        for function in (work, work_sync, work_in_two_steps):
+            for timeout in (None, 60):
+                held = Held()
+                ref = weakref.ref(held)
+                add: Any = functools.partial(runner_add, function, held, timeout)
+                del held
+                await request(DeferredMiddleware(responder(add), runner), Log())
+                del add
+                await runner.wait_idle()
+                with anyio.fail_after(10):
+                    while ref() is not None:  # the worker or thread is about to be idle
+                        await anyio.wait_all_tasks_blocked()
+                        gc.collect()
+    assert_conserved(runner)
+
+
+def runner_add(function: Any, held: Any, timeout: float | None, tasks: DeferredTasks) -> None:
+    tasks.options(timeout=timeout).add_task(function, held)
 
 
 async def test_a_task_can_be_cancelled_up_to_its_start() -> None:

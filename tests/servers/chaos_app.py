@@ -129,9 +129,12 @@ async def chaos(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "lifespan.startup.complete"})
     await receive()
     statistics = runner.statistics()
-    await anyio.sleep(0.01)  # the last step of the last task, which has ended
-    gc.collect()
-    alive = [thing.name for thing in gc.get_objects() if isinstance(thing, DeferredTask)]
+    for _ in range(30):  # a thread may be about to take the last step of the last task, which has ended
+        gc.collect()
+        alive = [thing.name for thing in gc.get_objects() if isinstance(thing, DeferredTask)]
+        if not alive:
+            break
+        await anyio.sleep(0.01)
     note("end", json.dumps([statistics._asdict(), alive]))
     await send({"type": "lifespan.shutdown.complete"})
 
