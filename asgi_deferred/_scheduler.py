@@ -103,6 +103,12 @@ def in_context(
             step, value = coro.throw, exc
 
 
+def close_unawaited(awaitable: Awaitable[Any] | None) -> None:
+    """Close what nobody will await, or Python warns about it."""
+    if close := getattr(awaitable, "close", None):
+        close()
+
+
 def torn_down() -> bool:
     """Whether the scopes around us are cancelled, or the event loop is gone."""
     try:
@@ -231,14 +237,21 @@ class Scheduler:
         if task._async:
             await in_context(task._context, runner._run_async(task, task.timeout), lambda: None)
             return
-        returned: list[Awaitable[Any] | None] = []
+        returned: list[Awaitable[Any]] = []
         done = Event()
         started = current_time()
 
         def job() -> None:
-            returned.append(task._context.run(runner._run_sync, task))
-            if task.state is not TaskState.RUNNING and (close := getattr(returned[0], "close", None)):
-                close()  # its time was up; nobody will await it
+            awaitable = task._context.run(runner._run_sync, task)
+            if awaitable is not None:
+                returned.append(awaitable)
+                if task.state is not TaskState.RUNNING:
+                    discard()
+
+        def discard() -> None:
+            """Nobody will await it: of the thread and us, the one that comes second sees what the first has done."""
+            with suppress(IndexError):
+                close_unawaited(returned.pop())
 
         def free() -> None:
             self.enqueueing.release()
@@ -253,12 +266,14 @@ class Scheduler:
                 await done.wait()
         except BaseException:
             runner._finish_outside(task, TaskState.ABANDONED)
+            discard()
             raise
         if not done.is_set():
             runner._time_out(task)
-        elif returned[0] is not None:
+            discard()
+        elif returned:
             left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            await in_context(task._context, runner._run_async(task, left, returned[0]), lambda: None)
+            await in_context(task._context, runner._run_async(task, left, returned.pop()), lambda: None)
 
     def start_thread(self, task: DeferredTask, job: Callable[[], None], done: Callable[[], None]) -> bool:
         """Run `job` in a thread, and `done` here after it; return False if the task FAILED for want of a thread."""
@@ -308,8 +323,7 @@ class Hop:
 
     def discard(self) -> None:
         """Nobody will await what the task returned."""
-        if close := getattr(self.awaitable, "close", None):
-            close()
+        close_unawaited(self.awaitable)
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -259,6 +260,16 @@ async def test_threads_that_hang_do_not_hold_up_the_503() -> None:
         assert [entry for entry in log if entry != "job RUNNING"] == ["job TIMED_OUT", *REFUSED, "returned"] * 2
         go.set()
     assert_conserved(runner)
+
+
+async def test_a_two_step_engine_whose_time_is_up_between_its_steps() -> None:
+    """G3: what a sync enqueue returned just before its time was up is closed, and not left to a warning."""
+    log, runner = Wire(), Runner(enqueue_timeout=0.01)
+    runner._threads.start = lambda job, done: job()  # type: ignore[method-assign]  # a thread that is slow to say so
+    app = responder(lambda tasks: tasks.options(durable=True).add_task(TwoStepEngine(log), "job"))
+    await call(app, log, runner)
+    gc.collect()
+    assert log == [*REFUSED, "returned"]
 
 
 async def test_two_step_engine_that_was_given_up(recwarn: pytest.WarningsRecorder) -> None:
