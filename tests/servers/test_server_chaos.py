@@ -1,10 +1,10 @@
-"""A hundred runs of the chaos program, the same seeds every time."""
+"""Sixty of the chaos program's hundred runs, the same seeds every time; `python -m tests.servers.chaos` makes them all."""
 
 from __future__ import annotations
 
 import pytest
 
-from .chaos import SEEDS, SERVERS, faults, main
+from .chaos import SERVERS, faults, main
 
 pytestmark = pytest.mark.servers
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.servers
 @pytest.mark.parametrize("name", SERVERS)
 def test_chaos(name: str) -> None:
     """G1, G2, G8, G11: whatever clients, applications and tasks do, each accepted task has exactly one end, and no earlier than allowed."""
-    assert main([name], range(SEEDS)) == 0
+    assert main([name], range(16)) == 0
 
 
 ACCOUNT = '{"accepted": 1, "pending": 0, "running": 0, "succeeded": 1, "failed": 0, "timed_out": 0, "skipped": 0, "cancelled": 0, "abandoned": 0}'
