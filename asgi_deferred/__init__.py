@@ -1,10 +1,12 @@
 """Run functions after the response has gone out, for any ASGI application."""
 
-from ._completion import Outcome
-from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, MiddlewareMissing, RunnerClosed
+from ._account import Statistics, TaskState
+from ._drains import draining
+from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, MiddlewareMissing, RunnerClosed, TaskTimedOut
 from ._middleware import DeferredMiddleware
-from ._runner import Runner, Statistics
-from ._tasks import DeferredTask, DeferredTasks, TaskEvent, TaskState, current_tasks, defer, tasks_from
+from ._outcome import Outcome
+from ._runner import Runner
+from ._tasks import DeferredTask, DeferredTasks, TaskEvent, current_tasks, defer, tasks_from
 
 __all__ = [
     "BacklogFull",
@@ -20,7 +22,9 @@ __all__ = [
     "Statistics",
     "TaskEvent",
     "TaskState",
+    "TaskTimedOut",
     "current_tasks",
     "defer",
+    "draining",
     "tasks_from",
 ]

@@ -11,29 +11,67 @@ from __future__ import annotations
 
 from asyncio import shield, wrap_future
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from contextvars import Context
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
 from django.db import connections, reset_queries
 
-from ._completion import Outcome
+from ._account import TaskState
+from ._loops import AsyncioLoop
 from ._middleware import ASGIApp
 from ._middleware import DeferredMiddleware as _DeferredMiddleware
+from ._outcome import Outcome
 from ._runner import Runner
-from ._tasks import KEY, DeferredTask, DeferredTasks, TaskState, current
+from ._scheduler import Run, Scheduler
+from ._tasks import KEY, DeferredTask, DeferredTasks, current
 
 if TYPE_CHECKING:
     from contextvars import Token
 
 
+class OneThread(Executor):
+    """An executor with one daemon thread: a task that is stuck in it does not hold the process."""
+
+    def __init__(self) -> None:
+        self.used = False
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if not self.used:
+            self.used = True
+            Context().run(Thread(target=self._serve, name="asgi-deferred", daemon=True).start)
+        future: Future[Any] = Future()
+
+        def job() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except BaseException as exc:
+                    future.set_exception(exc)
+
+        self._jobs.put(job)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
+        """End the thread once it has done what was submitted."""
+        self._jobs.put(None)
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job
+
+
 class TaskConnections:
     """Gives a task database connections of its own, and closes them."""
 
-    def __init__(self, _: DeferredTask) -> None:
-        self._used: list[bool] = []
+    def __init__(self, _: DeferredTask) -> None: ...
 
     def __enter__(self) -> None:
         reset_queries()
@@ -42,16 +80,14 @@ class TaskConnections:
         connections.close_all()
 
     async def __aenter__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "asgi-deferred", self._used.append, (True,))
+        self._thread = OneThread()
         self._sensitive = cast("Any", ThreadSensitiveContext(executor=self._thread))
         await self._sensitive.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
+        if self._thread.used:
+            await shield(wrap_future(self._thread.submit(connections.close_all)))
         await self._sensitive.__aexit__(None, None, None)
-        closed = self._thread.submit(connections.close_all) if self._used else None
-        self._thread.shutdown(wait=False)
-        if closed is not None:
-            await shield(wrap_future(closed))
 
 
 class DeferredMiddleware(_DeferredMiddleware):
@@ -110,7 +146,7 @@ class CaptureDeferred:
     def __init__(self, execute: bool) -> None:  # noqa: FBT001
         self._execute = execute
         self._deferred: list[DeferredTask] = []
-        self._runner = _Recorder(self._deferred)
+        self._host = _Recorder(self._deferred)
 
     def __enter__(self) -> list[DeferredTask]:
         self._before = (BaseHandler.get_response, BaseHandler.get_response_async)
@@ -125,7 +161,7 @@ class CaptureDeferred:
                 return answered(await get_response_async(handler, request))
 
         _patch(captured, captured_async)
-        outside = DeferredTasks(self._runner, "http")
+        outside = DeferredTasks(self._host, "http")
         outside._outcome = Outcome("http", complete=True)
         self._token: Token[DeferredTasks | None] = current.set(outside)
         return self._deferred
@@ -152,7 +188,7 @@ class CaptureDeferred:
         if KEY in scope:
             yield lambda response: response
             return
-        tasks = DeferredTasks(self._runner, "http")
+        tasks = DeferredTasks(self._host, "http")
         request.scope = {**scope, KEY: tasks}
 
         def answered(response: Any) -> Any:
@@ -169,12 +205,13 @@ class CaptureDeferred:
         for task in self._deferred:  # which grows, by what they add
             if task.state is not TaskState.PENDING:
                 continue
-            if task._async:
-                task._context.run(async_to_sync(self._runner._run_async), task, task.timeout)
-            else:
-                awaitable = task._context.run(self._runner._run_sync, task)
-                if awaitable is not None:
-                    task._context.run(async_to_sync(self._runner._run_async), task, task.timeout, awaitable)
+            context = cast("Context", task._context)
+            run = Run(self._host)
+            run.task, run.loop, run.placed = task, AsyncioLoop(cast("Any", None)), False
+            if not task._async:
+                run.returned = context.run(self._host.call, run)
+            if task._async or run.returned is not None:
+                context.run(async_to_sync(run.main))
         for task in self._deferred:
             if task.error is not None:
                 raise task.error
@@ -185,11 +222,11 @@ def _patch(get_response: Any, get_response_async: Any) -> None:
     handler.get_response, handler.get_response_async = get_response, get_response_async
 
 
-class _Recorder(Runner):
+class _Recorder(Scheduler):
     def __init__(self, deferred: list[DeferredTask]) -> None:
-        super().__init__()
+        super().__init__(Runner())
         self.deferred = deferred
 
-    def _accept(self, tasks: DeferredTasks, task: DeferredTask) -> None:
-        super()._accept(tasks, task)
+    def add(self, task: DeferredTask) -> None:
+        super().add(task)
         self.deferred.append(task)

@@ -12,13 +12,14 @@ import os
 import sys
 from collections import OrderedDict
 from copy import copy
+from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction
 from socket import gethostname
 from threading import Lock
 from time import monotonic
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from asgiref.sync import SyncToAsync
 from django.conf import settings
@@ -34,9 +35,12 @@ from django.utils.crypto import get_random_string
 from django.utils.inspect import is_module_level_function
 from django.utils.json import normalize_json
 
+from ._account import TaskState
 from ._django import DeferredMiddleware
 from ._exceptions import DeferredError
-from ._tasks import DeferredTask, DeferredTasks, Options, TaskEvent, TaskState, check_positive, check_when, current
+from ._outcome import check_when
+from ._scheduler import Scheduler
+from ._tasks import DeferredTask, DeferredTasks, Options, TaskEvent, check_positive, current
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -204,12 +208,11 @@ class DeferredBackend(ImmediateBackend):
             errors=[],
             worker_ids=[],
         )
-        runner = tasks._runner
-        with runner._lock:
-            if _end_unrun not in runner.observers:
-                runner.observers += (_end_unrun,)
+        host = cast("Scheduler", tasks._host)
         run = self._run_async if iscoroutinefunction(task.func) else self._run
         with _lock:
+            if _end_unrun not in host.settings.observers:
+                host.settings.observers = (*host.settings.observers, _end_unrun)
             self._results.live[result.id] = result
         try:
             deferred = tasks._add(run, (result,), {}, Options(self.when, name=task.module_path), _caller())
@@ -217,14 +220,14 @@ class DeferredBackend(ImmediateBackend):
             with _lock:
                 del self._results.live[result.id]
             raise
-        with runner._lock:
-            if not tasks._ended:
-                _move_ahead(tasks._tasks, deferred, task.priority)
+        if not tasks._ended:
+            host.account.rearrange(tasks, partial(_move_ahead, deferred, task.priority))
         return result
 
     def _run(self, result: TaskResult[..., Any]) -> None:
+        if not self._start(result):
+            return
         try:
-            self._start(result)
             task_started.send(type(self), task_result=result)
             value = result.task.func(*_arguments(result), **result.kwargs)
             _set(result, _return_value=normalize_json(value))
@@ -236,23 +239,28 @@ class DeferredBackend(ImmediateBackend):
             task_finished.send(type(self), task_result=result)
 
     async def _run_async(self, result: TaskResult[..., Any]) -> None:
+        if not self._start(result):
+            return
         try:
-            self._start(result)
             await task_started.asend(type(self), task_result=result)
             value = await result.task.func(*_arguments(result), **result.kwargs)
             _set(result, _return_value=normalize_json(value))
         except BaseException as exc:
-            self._finish(result, exc)
-            await task_finished.asend(type(self), task_result=result)
+            if self._finish(result, exc):
+                await task_finished.asend(type(self), task_result=result)
             raise
-        self._finish(result)
-        await task_finished.asend(type(self), task_result=result)
+        if self._finish(result):
+            await task_finished.asend(type(self), task_result=result)
 
-    def _start(self, result: TaskResult[..., Any]) -> None:
+    def _start(self, result: TaskResult[..., Any]) -> bool:
+        """Enter RUNNING; return whether there is no final status yet."""
         now = timezone.now()
         with _lock:
+            if result.is_finished:
+                return False
             _set(result, status=TaskResultStatus.RUNNING, started_at=now, last_attempted_at=now)
             result.worker_ids.append(self.worker_id)
+            return True
 
     def _finish(self, result: TaskResult[..., Any], error: BaseException | None = None) -> bool:
         """Enter the final status; return whether it had none until now."""
@@ -318,22 +326,22 @@ def _caller() -> FrameType:
 
 
 def _result_of(task: DeferredTask) -> TaskResult[..., Any] | None:
-    return task.args[0] if isinstance(getattr(task.func, "__self__", None), DeferredBackend) else None
+    ours = isinstance(getattr(task.func, "__self__", None), DeferredBackend)
+    return task.args[0] if ours and task.args else None  # an ended one has no arguments any more
 
 
-def _move_ahead(queue: list[DeferredTask], deferred: DeferredTask, priority: int) -> None:
-    """Move a task that was just added ahead of those of lower priority. Under the runner's lock."""
-    position = None
-    for index in range(len(queue) - 1, -1, -1):
-        result = _result_of(queue[index])
-        if result is None or queue[index] is deferred:
+def _move_ahead(deferred: DeferredTask, priority: int, queue: list[DeferredTask]) -> list[DeferredTask]:
+    """Move a task that was just added ahead of those of lower priority."""
+    others = [task for task in queue if task is not deferred]
+    position = len(others)
+    for index in range(len(others) - 1, -1, -1):
+        result = _result_of(others[index])
+        if result is None:
             continue
         if result.task.priority >= priority:
             break
         position = index
-    if position is not None:
-        queue.remove(deferred)
-        queue.insert(position, deferred)
+    return [*others[:position], deferred, *others[position:]] if position < len(others) else queue
 
 
 def _end_unrun(event: TaskEvent) -> None:

@@ -6,50 +6,93 @@
 3. The first refusal ends it. Before the start, the client gets a 503 from here; after it, the final message is
    withheld. Either way `send` raises EnqueueFailed, now and for every message after it, and the request is neither
    complete nor a success, so that the tasks it leaves are skipped unless they ask for failures.
+4. From the first durable task on, messages pass one at a time, so that none overtakes one that is held back.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-from ._completion import Outcome, is_final
+from anyio import Event, Lock
+
+from ._account import TaskState
 from ._exceptions import EnqueueFailed
-from ._tasks import DeferredTasks
+from ._loops import loop_of
+from ._outcome import Outcome, is_final, lets_through
+from ._scheduler import Scheduler
+from ._tasks import DeferredTask, DeferredTasks
+from ._waiting import outlast
 
 _BODY = b"Service Unavailable: the work could not be queued. Try again."
 
-UNAVAILABLE = {
-    "type": "http.response.start",
-    "status": 503,
-    "headers": [
+
+def unavailable() -> dict[str, Any]:
+    """Make the start of a 503. Middleware further out may add headers to it."""
+    headers = [
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"content-length", str(len(_BODY)).encode()),
         (b"retry-after", b"5"),
-    ],
-}
+    ]
+    return {"type": "http.response.start", "status": 503, "headers": headers}
 
 
 async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
     """Send a message of a response that has durable tasks: its start and its end once those tasks are stored."""
-    starts = "status" in message
-    ends = not starts and is_final(tasks._start, message)
-    if starts or ends:
-        while tasks._durable and tasks._error is None:
-            tasks._durable = False
+    if tasks._barrier is None:
+        tasks._barrier = Lock()
+    async with tasks._barrier:
+        starts = "status" in message
+        ends = not starts and is_final(tasks._start, message)
+        if (starts or ends) and tasks._error is None:
+            tasks._name_request()
+            status = (message if starts else tasks._start).get("status")
             try:
-                status = (message if starts else tasks._start).get("status")
-                await tasks._runner._enqueue_durable(tasks, Outcome("http", status, complete=True))
+                await store(tasks, Outcome("http", status, complete=True))
             except EnqueueFailed as exc:
-                tasks._durable = True  # what follows comes here too, and is never taken for the end of a response
                 tasks._error = exc
                 if starts:
-                    tasks._start = UNAVAILABLE
-                    await send(UNAVAILABLE)
+                    exc.answered = True
+                    tasks._start = unavailable()
+                    await send(tasks._start)
                     await send({"type": "http.response.body", "body": _BODY})
-    if tasks._error is not None:
-        raise tasks._error
-    if starts:
-        tasks._start = message
-    elif ends:
-        tasks._complete = True
-    await send(message)
+        if tasks._error is not None:
+            raise tasks._error
+        if starts:
+            tasks._start = message
+        elif ends:
+            tasks._complete = True
+        await send(message)
+
+
+async def store(tasks: DeferredTasks, expected: Outcome) -> None:
+    """Give a response's durable tasks to their engines, in order, up to the first refusal.
+
+    The enqueue itself is not cancelled with the request: whether the engine has the job would be unknown then.
+
+    Raises:
+        EnqueueFailed: An engine has refused a task, or did not answer in time.
+    """
+    scheduler, loop = cast("Scheduler", tasks._host), loop_of(tasks._loop)
+    asked: set[DeferredTask] = set()
+    while waiting := [task for task in tasks if task.durable and task.state is TaskState.PENDING and task not in asked]:
+        for task in waiting:
+            asked.add(task)
+            context = task._context
+            if context is None or task.state is not TaskState.PENDING:
+                continue
+            try:
+                wanted = context.copy().run(lets_through, task.when, expected)
+            except BaseException as exc:
+                scheduler.close_outside(task, TaskState.FAILED, exc)
+            else:
+                if not wanted:
+                    continue
+                done = Event()
+                scheduler.enqueue(task, tasks._home, loop, partial(loop.call_soon, done.set))
+                await outlast(done.wait)
+            if task.error is not None:
+                raise EnqueueFailed(
+                    f"{task.name!a} was not enqueued ({task.state.name}), so the response was not sent: its engine "
+                    "refused it or did not answer in time. Is the broker up?"
+                ) from task.error

@@ -183,15 +183,39 @@ def _django_keeps(task: Any) -> bool:
     return ours is not None and isinstance(task.get_backend(), ours.DeferredBackend)
 
 
+def _of(module: str, name: str, read: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    """Return whether what `read` reads of a task is of a class that is there only if its module was imported."""
+
+    def keeps(task: Any) -> bool:
+        kind = getattr(sys.modules.get(module), name, None)
+        return kind is not None and isinstance(read(task), kind)
+
+    return keeps
+
+
+def _celery_keeps(task: Any) -> bool:
+    return str(task.app.conf.broker_url).startswith("memory:")
+
+
+_taskiq_keeps = _of("taskiq.brokers.inmemory_broker", "InMemoryBroker", attrgetter("broker"))
+_dramatiq_keeps = _of("dramatiq.brokers.stub", "StubBroker", attrgetter("broker"))
+_huey_keeps = _of("huey.storage", "MemoryStorage", attrgetter("huey.storage"))
+
 _DJANGO = Engine(_django, attrgetter("func"), attrgetter("module_path"), keeps=_django_keeps)
 
 _KNOWN: dict[tuple[str, str], Engine] = {
-    ("taskiq.decor", "AsyncTaskiqDecoratedTask"): Engine(_taskiq, attrgetter("original_func"), attrgetter("task_name")),
-    ("taskiq.kicker", "AsyncKicker"): Engine(_taskiq, _taskiq_original, attrgetter("task_name")),
-    ("celery.app.task", "Task"): Engine(_celery, _itself, attrgetter("name"), _refuse_async),
-    ("celery.canvas", "Signature"): Engine(_celery, _celery_eagerly, attrgetter("task"), _refuse_async_signature),
-    ("dramatiq.actor", "Actor"): Engine(_dramatiq, _dramatiq_function, attrgetter("actor_name")),
-    ("huey.api", "TaskWrapper"): Engine(_huey, attrgetter("call_local"), attrgetter("task_class.__name__")),
+    ("taskiq.decor", "AsyncTaskiqDecoratedTask"): Engine(
+        _taskiq, attrgetter("original_func"), attrgetter("task_name"), keeps=_taskiq_keeps
+    ),
+    ("taskiq.kicker", "AsyncKicker"): Engine(_taskiq, _taskiq_original, attrgetter("task_name"), keeps=_taskiq_keeps),
+    ("celery.app.task", "Task"): Engine(_celery, _itself, attrgetter("name"), _refuse_async, _celery_keeps),
+    ("celery.canvas", "Signature"): Engine(
+        _celery, _celery_eagerly, attrgetter("task"), _refuse_async_signature, _celery_keeps
+    ),
+    ("dramatiq.actor", "Actor"): Engine(_dramatiq, _dramatiq_function, attrgetter("actor_name"), keeps=_dramatiq_keeps),
+    ("huey.api", "TaskWrapper"): Engine(
+        _huey, attrgetter("call_local"), attrgetter("task_class.__name__"), keeps=_huey_keeps
+    ),
     ("procrastinate.tasks", "Task"): Engine(_procrastinate, attrgetter("func"), attrgetter("name")),
     ("procrastinate.jobs", "JobDeferrer"): Engine(
         _procrastinate_configured, _procrastinate_unknown, attrgetter("job.task_name")

@@ -31,3 +31,12 @@ class EnqueueFailed(DeferredError):
     let it pass, and what is open around the response, such as a transaction, rolls back. In the middle of a
     response it goes on to the server, which breaks the response off. `__cause__` is the engine's error.
     """
+
+    answered = False  # whether the client has got a 503
+
+
+class TaskTimedOut(TimeoutError):
+    """Raised in an async task when its timeout is over, and the error of each TIMED_OUT task.
+
+    It names the task. `__cause__`, if there is one, is the cancellation, and its traceback says where the task hung.
+    """

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from logging import getLogger
 from typing import Any
 
@@ -27,12 +26,15 @@ logger = getLogger("asgi_deferred")
 async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
     received: list[str] = []
     sent: list[str] = []
+    shutdown: list[Any] = []  # the message, if the application gave up waiting for it while we drained
 
     async def receive_and_drain() -> Any:
-        message = await receive()
-        received.append(message["type"])
+        message = shutdown.pop() if shutdown else await receive()
         if message["type"] == "lifespan.shutdown":
-            await runner._drain()
+            shutdown.append(message)
+            await runner._drain(block.home)
+            shutdown.clear()
+        received.append(message["type"])
         return message
 
     async def send_and_note(message: Any) -> None:
@@ -46,29 +48,27 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         if f"lifespan.{phase}.complete" not in sent and f"lifespan.{phase}.failed" not in sent:
             await send_and_note({"type": f"lifespan.{phase}.complete"})
 
+    block = runner._enter()
+    error: BaseException | None = None
     try:
-        async with AsyncExitStack() as stack:
-            try:
-                tasks = await stack.enter_async_context(runner._run())
-            except RuntimeError as exc:
-                await receive()
-                await send({"type": "lifespan.startup.failed", "message": str(exc)})
-                return
-            try:
-                await app({**scope, KEY: tasks}, receive_and_drain, send_and_note)
-            except Exception as exc:
-                if not received:
-                    logger.debug("The application has no lifespan: %r", exc)
-                elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
-                    logger.exception("The application's lifespan ended early; tasks still run")
-                    await receive_and_drain()
-                    raise
-                else:
-                    raise
-            if "lifespan.startup.failed" not in sent:
-                await complete("startup")
-                await complete("shutdown")
-    except CancelledError:
+        try:
+            await app({**scope, KEY: block.tasks}, receive_and_drain, send_and_note)
+        except Exception as exc:
+            if not received:
+                logger.debug("The application has no lifespan: %r", exc)
+            elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
+                logger.exception("The application's lifespan ended early; tasks still run")
+                await receive_and_drain()
+                raise
+            else:
+                raise
+        if "lifespan.startup.failed" not in sent:
+            await complete("startup")
+            await complete("shutdown")
+    except BaseException as exc:
+        error = exc
         # Hypercorn cancels a lifespan that has said its last word and takes another step, and dies of the cancellation.
-        if "lifespan.shutdown.complete" not in sent:
+        if not (isinstance(exc, CancelledError) and "lifespan.shutdown.complete" in sent):
             raise
+    finally:
+        await runner._leave(block, error)

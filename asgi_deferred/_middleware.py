@@ -10,15 +10,20 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from sysconfig import get_config_var
 from types import NoneType
 from typing import Any, Protocol
 
-from ._completion import is_final
-from ._durable import UNAVAILABLE, hold
+from ._durable import hold
 from ._exceptions import EnqueueFailed
 from ._lifespan import run_lifespan
+from ._outcome import is_final
 from ._runner import Runner
-from ._tasks import KEY, DeferredTasks, reset_current, set_current
+from ._tasks import KEY, DeferredTasks, current
+
+set_current, reset_current = current.set, current.reset
+
+FREE_THREADED = bool(get_config_var("Py_GIL_DISABLED"))
 
 
 class ASGIApp(Protocol):
@@ -52,6 +57,7 @@ class DeferredMiddleware:
             raise TypeError(f"runner={runner!r} is not a Runner: DeferredMiddleware(app, runner=Runner(...))")
         self.app = app
         self.runner: Runner = runner or Runner()
+        self._host = self.runner._scheduler
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
@@ -62,7 +68,7 @@ class DeferredMiddleware:
             if kind not in ("http", "websocket") or not scope[KEY]._ended:
                 await self.app(scope, receive, send)
                 return
-        tasks = DeferredTasks(self.runner, kind)
+        tasks = DeferredTasks(self._host, kind)
 
         def note_and_send(message: Any) -> Any:
             if tasks._durable:
@@ -78,6 +84,7 @@ class DeferredMiddleware:
                 tasks._complete = True
             return send(message)
 
+        tasks._scope = scope
         scope = scope.copy()
         scope[KEY] = tasks
         token = set_current(tasks)
@@ -87,16 +94,18 @@ class DeferredMiddleware:
             await self.app(scope, receive, note_and_send)
         except BaseException as exc:
             tasks._error = exc
-            if not (isinstance(exc, EnqueueFailed) and tasks._start is UNAVAILABLE):
+            if not (isinstance(exc, EnqueueFailed) and exc.answered):
                 raise
         finally:
             reset_current(token)
-            tasks._ended = not tasks._tasks
-            if tasks._tasks:  # looked at last: another thread may have added one just now
-                tasks._request = f"{scope.get('method', kind)} {scope.get('path', '')}"
+            tasks._ended = not tasks._all
+            if tasks._all or FREE_THREADED:  # looked at last: another thread may have added one just now
+                tasks._end()
                 waiting = self.runner._end(tasks)
                 if waiting is not None:
                     await waiting
+            elif tasks._error is not None:
+                tasks._forget_error()
 
 
 def _noting(tasks: DeferredTasks, receive: Any) -> Any:

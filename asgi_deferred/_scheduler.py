@@ -1,611 +1,435 @@
-"""Where and when task lists run on one event loop.
+"""Which task runs when and where, and how it ends.
 
-1. A *strand* is a queue of tasks that run one at a time, in order: those of a list, or one of a concurrent list.
-   A session has a list's strand from the first task on, so that a drain waits for the list's request. It is active from
-   the end of that request until its queue is found empty, under the runner's lock.
-2. A *session* owns the task group in which strands run, and ends only when all of them have: one for the lifespan,
-   or, without a lifespan, one for each ASGI call. When it ends, what is left is ABANDONED, so that every task ends.
-3. The *scheduler*, one per event loop, hands out slots (`max_concurrency`) and threads (`max_threads`) first come,
-   first served, across sessions. A strand that waits for a thread holds no slot.
-4. A *worker* is a pooled anyio task that runs one async task after another, each stepped in the context of the line
-   that added it. No worker runs a user's code before it has yielded to the event loop, so nothing of the user's runs
-   inside `add_task` or the ASGI call. A run of sync tasks is one *hop* to a thread, which needs no worker, but to time
-   it, or to await what it returned.
-   Engines' tasks take no slot when a response waits for them, or when the drain starts: nothing may hold those up.
-5. While a session has strands ready, one of its workers *attends*: it takes the next of them before it waits for
-   anything. When a unit of its own makes it wait, another is summoned first. So strands wait for no other strand,
-   and tasks that never wait share one worker's turn.
-6. `pump` runs on the event loop's thread only. Other threads reach it through `soon`, which never blocks.
+1. Lists, and tasks that run apart, wait in one queue for a place (`max_concurrency`): first come, first served,
+   whatever their event loop. A sync task needs a thread as well (`max_threads`), and waits for that without a place.
+2. A `Run` is the way of one task through here. When it is *released*, its place is free and its list queues for its
+   next turn. That happens once: whoever runs it does it, or whoever gives up on a thread or a native task.
+3. An async task runs in a native task of its own, in the context of the line that added it. Consecutive sync tasks
+   of a list, if they have no timeout, share one hop to a thread. What a sync task returned is awaited in a native task.
+4. Tasks of engines take no place and no pooled thread when a response waits for them, or when a drain begins.
+5. Inside `add`, `cancel` and `end` nothing of the user's runs, except reports of tasks that these calls end.
 """
 
 from __future__ import annotations
 
-import asyncio
+import os
 import sys
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import suppress
-from contextvars import Context, copy_context
-from functools import partial
-from logging import getLogger
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from math import inf
-from threading import get_ident
-from types import coroutine
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import Any
+from weakref import WeakSet
 
-from anyio import (
-    TASK_STATUS_IGNORED,
-    CancelScope,
-    Event,
-    NoEventLoopError,
-    Semaphore,
-    create_task_group,
-    current_effective_deadline,
-    current_time,
-    get_cancelled_exc_class,
-    move_on_after,
-)
-from anyio.abc import TaskGroup, TaskStatus
-from anyio.lowlevel import checkpoint, current_token
+from ._account import Account, Answer, Closed, Home, Line, TaskState, Turn
+from ._calls import call_async, call_sync, close_unawaited, timed_out
+from ._engines import recognise
+from ._exceptions import BacklogFull, DeferredError, RunnerClosed, TaskTimedOut
+from ._outcome import lets_through
+from ._reports import report
+from ._settings import Settings
+from ._tasks import DeferredTask, DeferredTasks
+from ._threads import Threads
 
-from ._tasks import DeferredTask, DeferredTasks, TaskState
+PENDING, RUNNING, SUCCEEDED, FAILED = TaskState.PENDING, TaskState.RUNNING, TaskState.SUCCEEDED, TaskState.FAILED
 
-if TYPE_CHECKING:
-    from ._runner import Runner
-
-logger = getLogger("asgi_deferred")
-
-sniffio: Any = sys.modules.get("sniffio")  # anyio has imported and asks it, where it is installed
-
-MAX_IDLE_WORKERS = 16
-UNITS_IN_A_TURN = 16  # then the event loop's other tasks have theirs
+inside: ContextVar[DeferredTask | None] = ContextVar("asgi_deferred_task", default=None)
 
 
-def soon_here() -> Callable[..., None]:
-    """Return a function that calls a function on this event loop soon, from any thread, without waiting.
+class Run:
+    """The way of one task (rule 2), and the job of its native task."""
 
-    `anyio.from_thread.run_sync` would wait, and so would block another event loop or a thread of a loop that stopped.
-    """
-    native: Any = current_token().native_token
-    call_soon = native.run_sync_soon if hasattr(native, "run_sync_soon") else native.call_soon_threadsafe
+    placed = True
+    released = False
+    given_up = False  # the task was closed by somebody else while it ran
+    abandoned = False  # we have cancelled it
+    native: Any = None
+    returned: Awaitable[Any] | None = None  # what a sync task left to be awaited
+    stop: Callable[[], object] | None = None  # calls off the timeout of a sync task
+    then: Callable[[], object] | None = None  # called on release
+    _next: Run | None = None
 
-    def soon(func: Callable[..., object], *args: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and its sessions with it
-            call_soon(func, *args)
+    task: DeferredTask
+    line: Line | None = None  # the list whose turn this is; None for a task that runs apart
+    home: Any = None
+    loop: Any
 
-    return soon
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
 
-
-@coroutine
-def in_context(
-    context: Context, coro: Coroutine[Any, Any, None], before_waiting: Callable[[], object]
-) -> Generator[Any, Any, None]:
-    """Await `coro`, each of its steps in `context` but in the current task, whose scopes and timeouts it keeps.
-
-    `before_waiting` is called each time that the task is about to wait.
-    """
-    step: Callable[[Any], Any] = coro.send
-    value: Any = None
-    while True:
+    async def main(self) -> None:
+        scheduler, task, returned = self.scheduler, self.task, self.returned
+        if self.native is not None and not self.loop.only_by_us:
+            self.native.remove_done_callback(self.lost)
         try:
-            trap = context.run(step, value)
-        except StopIteration:
-            return
-        before_waiting()
-        try:
-            value = yield trap
-            step = coro.send
-        except GeneratorExit as exc:  # the event loop is gone
-            with suppress(BaseException):
-                context.run(coro.throw, exc)
-            raise
+            if returned is None and not scheduler.begin(self):
+                return
+            seconds, around = task.timeout, scheduler.settings.around
+            if seconds is None and not around:
+                await (task._call(*task.args, **task.kwargs) if returned is None else returned)
+            else:
+                if returned is not None and seconds is not None:
+                    seconds = max(0.0, task._started + seconds - perf_counter())
+                await call_async(task, around, self.loop, seconds, returned)
         except BaseException as exc:
-            step, value = coro.throw, exc
+            scheduler.finish(self, self.state_after(exc), exc)
+        else:
+            scheduler.finish(self, SUCCEEDED)
+        finally:
+            scheduler.release(self)
+            del self, scheduler, task  # a traceback has this frame, and the task has the traceback
 
+    def state_after(self, error: BaseException) -> TaskState:
+        """Decide by what came out of its native task how a task ended."""
+        if isinstance(error, TaskTimedOut):
+            return TaskState.TIMED_OUT
+        if self.abandoned or (isinstance(error, GeneratorExit) and not self.loop.is_running_here()):
+            return TaskState.ABANDONED
+        if isinstance(error, self.loop.Cancelled):
+            return TaskState.ABANDONED if self.loop.only_by_us else TaskState.CANCELLED
+        return FAILED
 
-def close_unawaited(awaitable: Awaitable[Any] | None) -> None:
-    """Close what nobody will await, or Python warns about it."""
-    if close := getattr(awaitable, "close", None):
-        close()
-
-
-def torn_down() -> bool:
-    """Whether the scopes around us are cancelled, or the event loop is gone."""
-    try:
-        return current_effective_deadline() == -inf
-    except NoEventLoopError:
-        return True
-
-
-class Strand:
-    """Tasks that run one at a time, in order (rule 1).
-
-    Its place in the queue belongs to whoever runs it: the event loop, or a thread, then under the runner's lock.
-    """
-
-    __slots__ = ("active", "current", "freed", "hop", "position", "queue", "session")
-
-    def __init__(self, session: Session, tasks: list[DeferredTask], *, active: bool = False) -> None:
-        self.session = session
-        self.queue = tasks
-        self.position = 0
-        self.current: DeferredTask | None = None
-        self.hop: Hop | None = None
-        self.freed: Event | None = None
-        self.active = active
-
-    def head(self) -> DeferredTask | None:
-        """Return the next task that is still PENDING."""
-        while self.position < len(self.queue):
-            task = self.queue[self.position]
-            if task.state is TaskState.PENDING:
-                return task
-            self.position += 1
-        return None
-
-    def rest(self) -> list[DeferredTask]:
-        """Return what was not taken yet."""
-        return self.queue[self.position :]
-
-    def take(self) -> DeferredTask:
-        """Make the head the current task."""
-        self.current = self.queue[self.position]
-        self.position += 1
-        return self.current
+    def lost(self, _: Any = None) -> None:
+        """The native task has ended. If it was cancelled before its first step, `main` has not seen to anything."""
+        if not self.released:
+            ours = self.abandoned or self.loop.only_by_us
+            state = TaskState.ABANDONED if ours else TaskState.CANCELLED
+            self.scheduler.close_outside(self.task, state)
+            close_unawaited(self.returned)
+            self.scheduler.release(self)
 
 
 class Scheduler:
-    """Hands out slots and threads (rule 3)."""
+    """The host of task lists: see `Host`."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.soon = soon_here()
-        self.slots = runner.max_concurrency
-        self.threads = runner.max_threads
-        self.cancelled_calls: set[Session] = set()
-        self.waiting: deque[Strand] = deque()
-        self.parked: deque[Strand] = deque()  # came before those waiting; a thread is all they lack
-        self.enqueueing = Semaphore(runner.max_threads)
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.reset()
+        schedulers.add(self)
 
-    def push(self, *strands: Strand) -> None:
-        self.waiting.extend(strands)
-        self.pump()
+    def reset(self) -> None:
+        """Start from nothing."""
+        settings = self.settings
+        self.account = Account(settings.max_concurrency, settings.max_threads, settings.max_pending)
+        self.threads = Threads()
+        self.cancelled: dict[Home, None] = {}  # those of calls that were cancelled, and drain
 
-    def pump(self) -> None:
-        while self.slots:
-            if self.parked and self.threads:
-                strand = self.parked.popleft()
-            elif self.waiting:
-                strand = self.waiting.popleft()
+    # Tasks and lists come in
+
+    def add(self, task: DeferredTask) -> None:
+        tasks, account = task._list, self.account
+        if self.settings.concurrent:
+            tasks._apart = True
+        if task.durable:
+            check_durable(task)
+        account.prune(tasks)
+        limit = self.settings.max_pending if self.settings.overflow == "reject" else inf
+        rival = None
+        while True:  # until nobody has taken the key meanwhile
+            if task._hash is None:
+                answer, replaced = account.accept(task, limit, None, ())
             else:
-                return
-            task = strand.head()
-            self.slots -= 1
-            if task is None or strand.session.cancelled:
-                self.release(strand)
-            elif task._async:
-                strand.take()
-                strand.session.make_ready(strand)
-            elif self.threads:
-                self.threads -= 1
-                self._start_hop(strand)
-            else:
-                self.slots += 1
-                self.parked.append(strand)
+                rival, seen = account.rival(task)
+                answer, replaced = account.accept(task, limit, rival, seen)
+            if answer is not Answer.AGAIN:
+                break
+        if answer is Answer.FULL:
+            raise BacklogFull(
+                f"{task.name!a} was not accepted: max_pending={self.settings.max_pending} tasks are unfinished, and "
+                "the runner has overflow='reject'. Answer 503, or raise max_pending."
+            )
+        if answer is Answer.CLOSED:
+            raise RunnerClosed(
+                f"{task.name!a} was not accepted: its request is over, and its runner is closed or never ran. "
+                "Add tasks before the response ends, or run the application with a lifespan."
+            )
+        if answer is Answer.COMPLETE:
+            raise _nothing_to_hold_back(task)
+        if replaced and rival is not None:
+            self._report_outside(rival)
+        if answer is Answer.DUE:
+            account.push(account.due, task if tasks._apart else tasks)
+            if not tasks._home.loop.call_soon(self.pump):
+                self.close_outside(task, TaskState.ABANDONED)
 
-    def _start_hop(self, strand: Strand) -> None:
-        task = strand.take()
-        strand.hop = hop = Hop(strand, task)
-        # In the session's context: a thread, which may inherit it, outlives the request that happened to need it.
-        if not strand.session._context.run(self.start_thread, task, hop.run, partial(self._end_hop, hop)):
-            self.threads += 1
-            self.release(strand)
-        elif task.timeout is not None:
-            hop.done = strand.session._context.run(Event)
-            strand.session.make_ready(strand)
+    def cancel(self, task: DeferredTask) -> bool:
+        return self.close_outside(task, TaskState.CANCELLED, waiting=True)
 
-    def _end_hop(self, hop: Hop) -> None:
-        self.threads += 1
-        if hop.strand.hop is hop:  # or it was given up
-            if hop.done is not None:
-                hop.done.set()
-            elif hop.awaitable is not None:
-                hop.strand.session.make_ready(hop.strand)
-            else:
-                self.release(hop.strand)
-        self.pump()
-
-    def release(self, strand: Strand) -> None:
-        """Take a slot back, and queue what else the strand has."""
-        self.slots += 1
-        if strand.freed is not None:
-            strand.freed.set()
-        with self.runner._lock:
-            strand.current = strand.hop = None
-            if strand.head() is None or strand.session.cancelled:
-                strand.session.retire(strand)
-            else:
-                self.waiting.append(strand)
-
-    async def enqueue_shielded(self, task: DeferredTask) -> None:
-        with CancelScope(shield=True):
-            await self.enqueue(task)
-
-    async def enqueue(self, task: DeferredTask) -> None:
-        """Let an engine's task end, past all that waits for a slot or a thread."""
-        runner = self.runner
-        if task._async:
-            await in_context(task._context, runner._run_async(task, task.timeout), lambda: None)
-            return
-        returned: list[Awaitable[Any]] = []
-        done = Event()
-        started = current_time()
-
-        def job() -> None:
-            awaitable = task._context.run(runner._run_sync, task)
-            if awaitable is not None:
-                returned.append(awaitable)
-                if task.state is not TaskState.RUNNING:
-                    discard()
-
-        def discard() -> None:
-            """Nobody will await it: of the thread and us, the one that comes second sees what the first has done."""
-            with suppress(IndexError):
-                close_unawaited(returned.pop())
-
-        def free() -> None:
-            self.enqueueing.release()
-            done.set()
-
-        try:
-            with move_on_after(task.timeout):
-                await self.enqueueing.acquire()
-                if not self.start_thread(task, job, free):
-                    self.enqueueing.release()
-                    return
-                await done.wait()
-        except BaseException:
-            runner._finish_outside(task, TaskState.ABANDONED)
-            discard()
-            raise
-        if not done.is_set():
-            runner._time_out(task)
-            discard()
-        elif returned:
-            left = None if task.timeout is None else max(0.0, started + task.timeout - current_time())
-            await in_context(task._context, runner._run_async(task, left, returned.pop()), lambda: None)
-
-    def start_thread(self, task: DeferredTask, job: Callable[[], None], done: Callable[[], None]) -> bool:
-        """Run `job` in a thread, and `done` here after it; return False if the task FAILED for want of a thread."""
-        try:
-            self.runner._threads.start(job, partial(self.soon, done))
-        except RuntimeError as exc:  # the system's limit is lower than ours
-            self.runner._finish_outside(task, TaskState.FAILED, exc)
+    def end(self, tasks: DeferredTasks, home: Home) -> bool:
+        """Run the list of a request that has ended; return False if the home is closed."""
+        if not self.account.end(tasks, home):
             return False
+        if not tasks._unsettled:  # all have ended already
+            tasks._forget_error()
+        if home.draining:
+            self.expedite(tasks)
+        if tasks._apart:
+            for task in tasks:
+                self.account.push(self.account.due, task)
+        self.pump()
         return True
 
+    # Places, threads and native tasks
 
-class Hop:
-    """One trip of a strand to a thread, for one sync task with a timeout or for a run of them without."""
-
-    __slots__ = ("abandoned", "awaitable", "done", "finished", "strand", "task")
-
-    def __init__(self, strand: Strand, task: DeferredTask) -> None:
-        self.strand = strand
-        self.task = task
-        self.finished = False
-        self.abandoned = False  # whichever of the two comes first, under the runner's lock, excludes the other
-        self.done: Event | None = None  # where a worker waits for it
-        self.awaitable: Awaitable[Any] | None = None
-
-    def run(self) -> None:
-        """In the thread: run the task and those after it."""
-        runner = self.strand.session.runner
-        while not self.finished:
-            self.awaitable = self.task._context.run(runner._run_sync, self.task)
-            with runner._lock:
-                if self.abandoned:
-                    break
-                following = self.strand.head()
-                alone = self.awaitable is not None or self.task.timeout
-                if alone or following is None or following._async or following.timeout:
-                    self.finished = True
-                else:
-                    self.task = self.strand.take()
-        if self.abandoned:
-            self.discard()
-
-    def abandon(self) -> bool:
-        """Give up on the thread, unless it has finished just now."""
-        with self.strand.session.runner._lock:
-            self.abandoned = not self.finished
-            return self.abandoned
-
-    def discard(self) -> None:
-        """Nobody will await what the task returned."""
-        close_unawaited(self.awaitable)
-
-
-class Worker:
-    """A pooled task that runs what its session has ready (rules 4 and 5)."""
-
-    __slots__ = ("session", "summons")
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.summons = Semaphore(0)
-
-    async def run(self) -> None:
-        session, scheduler, runner = self.session, self.session.scheduler, self.session.runner
-        try:
-            host = asyncio.current_task()
-        except RuntimeError:  # trio
-            host = None
-        try:
-            await checkpoint()
-            while True:
-                units = 0
-                while session.ready:
-                    strand = session.ready.popleft()
-                    task: Any = strand.current
-                    try:
-                        if strand.hop is None:
-                            run = runner._run_async(task, task.timeout)
-                            await in_context(task._context, run, self.before_waiting)
-                            del run
-                        else:
-                            await self.finish(strand.hop)
-                    finally:
-                        scheduler.release(strand)
-                        del strand, task  # an idle worker keeps nothing of its last task alive
-                    if host is not None and host.cancelling():
-                        # The user's code cancelled this very task. The next one must not pay for it, nor the group.
-                        with suppress(get_cancelled_exc_class()):
-                            await checkpoint()
-                        return
-                    if session.attendant is None:
-                        session.attendant = self
-                    if scheduler.waiting or scheduler.parked:
-                        scheduler.pump()
-                    units += 1
-                    if session.ready and units % UNITS_IN_A_TURN == 0:
-                        await checkpoint()
-                if session.attendant is self:
-                    session.attendant = None
-                if len(session.idle) == MAX_IDLE_WORKERS:
-                    return
-                session.idle.append(self)
-                await self.summons.acquire()
-        except BaseException as exc:
-            if not torn_down() and isinstance(exc, get_cancelled_exc_class()):
-                return  # the user's code cancelled this task after its own had ended
-            session.cancelled = True
-            raise
-        finally:
-            if self in session.idle:
-                session.idle.remove(self)
-            self.before_waiting()
-            scheduler.pump()
-
-    async def finish(self, hop: Hop) -> None:
-        """Await a sync task's thread, if that has a timeout, and then what the task returned."""
-        runner, timeout = self.session.runner, hop.task.timeout
-        if timeout is not None and hop.done is not None:
-            deadline = current_time() + timeout
-            self.before_waiting()
-            try:
-                with move_on_after(timeout):
-                    await hop.done.wait()
-            except BaseException:
-                if not hop.abandon():
-                    hop.discard()
-                runner._finish_outside(hop.task, TaskState.ABANDONED)
-                raise
-            if not hop.done.is_set() and hop.abandon():
-                runner._time_out(hop.task)
+    def pump(self) -> None:
+        """Start what has its turn, as long as there are places; in any thread."""
+        account = self.account
+        while account.due.first is not None or account.parked.first is not None:
+            run = Run(self)
+            turn = account.take(run)
+            while turn is Turn.SKIPPED:
+                turn = account.take(run)
+            if turn is Turn.NOBODY:
                 return
-            timeout = max(0.0, deadline - current_time())
-        if hop.awaitable is not None:
-            run = runner._run_async(hop.task, timeout, hop.awaitable)
-            await in_context(hop.task._context, run, self.before_waiting)
-
-    def before_waiting(self) -> None:
-        """Let another worker attend."""
-        session = self.session
-        if session.attendant is self:
-            session.attendant = None
-            if session.ready and not session.cancelled:
-                session.summon()
-
-
-class Session:
-    """A home for strands on one event loop (rule 2)."""
-
-    group: TaskGroup
-
-    def __init__(self, scheduler: Scheduler, *, shield: bool = False) -> None:
-        self.scheduler = scheduler
-        self.runner = scheduler.runner
-        self.open = True
-        self.cancelled = False
-        self.ready: deque[Strand] = deque()
-        self.idle: list[Worker] = []
-        self.attendant: Worker | None = None
-        self.strands: set[Strand] = set()
-        self.scope = CancelScope(shield=shield)
-        self.enqueue_first = False
-        self.draining = Event()
-        self.ended = Event()
-        self._settled: Event | None = None
-        self.thread = get_ident()
-        self._context = copy_context()
-        if sniffio is not None:  # it sees no event loop from a callback, which `summon` may be called from
-            self._context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
-
-    async def keep(
-        self, tasks: DeferredTasks | None = None, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
-    ) -> None:
-        """Run the session, until it is drained and idle."""
-        try:
-            with self.scope:
-                async with create_task_group() as self.group:
-                    try:
-                        task_status.started()
-                        if tasks is not None:
-                            self.hand_over(tasks)
-                        await self.draining.wait()
-                        while not self._close_if_idle():
-                            self._settled = Event()
-                            await self._settled.wait()
-                    finally:
-                        self.cancelled = True  # no strand starts in a group that is about to close
-                        self.group.cancel_scope.cancel()
-        finally:
-            self._sweep()
-            self.ended.set()
-
-    async def drain(self, timeout: float) -> None:
-        """Wait for what is left, `timeout` seconds at most; then cancel the rest and wait for that."""
-        self.enqueue_first = True
-        with self.runner._lock:
-            strands = self._take_engine_tasks([strand for strand in self.strands if strand.active])
-        for strand in strands:
-            self._start_enqueueing(strand)
-        self.draining.set()
-        with move_on_after(timeout):
-            await self.ended.wait()
-        if not self.ended.is_set():
-            with self.runner._lock:
-                left = self._unfinished()
-            names = Counter(ascii(task.name) for task in left)
-            logger.error(
-                "drain_timeout=%s s is over; abandoning deferred tasks: %s",
-                timeout,
-                ", ".join(f"{name} ({count})" for name, count in names.items()),
-            )
-            self.scope.cancel()
-            await self.ended.wait()
-
-    def expect(self, tasks: DeferredTasks) -> Strand:
-        """Let a drain wait for a request that has tasks. Under the runner's lock, from any thread."""
-        if tasks._strand is not None:  # a session that is closed by now, or on another event loop, expected them
-            other = tasks._strand.session
-            other.strands.discard(tasks._strand)
-            other.scheduler.soon(other.settle)
-        tasks._strand = Strand(self, tasks._tasks)
-        self.strands.add(tasks._strand)
-        return tasks._strand
-
-    def hand_over(self, tasks: DeferredTasks) -> None:
-        """Take over the list of a request that has ended."""
-        with self.runner._lock:
-            tasks._ended = True
-            tasks._forget_start()
-            strand = tasks._strand
-            if strand is None or strand.session is not self:
-                strand = self.expect(tasks)
-            if self.runner.concurrent:
-                self.strands.discard(strand)
-                strands = [Strand(self, [task], active=True) for task in tasks._tasks]
-                self.strands.update(strands)
+            run.loop = run.home.loop
+            if run.task._async:
+                self._spawn(run)
             else:
-                strand.active = True
-                strands = [strand]
-            taken = self._take_engine_tasks(strands) if self.enqueue_first else ()
-        for strand in taken:
-            self._start_enqueueing(strand)
-        self.scheduler.push(*strands)
+                self._start_thread(run)
 
-    def add_late(self, tasks: DeferredTasks, task: DeferredTask) -> None:
-        """Queue a task of a list that was handed over before. Under the runner's lock, from any thread."""
-        strand = tasks._strand
-        if strand is not None and strand.active and strand.session is self:
-            strand.queue.append(task)
+    def _spawn(self, run: Run) -> None:
+        """Run a task in a native task of its event loop."""
+        context = run.task._context
+        if context is None:  # it has ended just now
+            self._pass_on(run)
             return
-        strand = Strand(self, [task], active=True)
-        if not self.runner.concurrent and tasks._type != "lifespan":
-            tasks._strand = strand
-        self.strands.add(strand)
-        self.scheduler.soon(self.scheduler.push, strand)
-
-    def _take_engine_tasks(self, strands: list[Strand]) -> list[Strand]:
-        """Split what waits for its engine off each strand. Under the runner's lock."""
-        taken = []
-        for strand in strands:
-            queue = strand.rest()
-            tasks = [task for task in queue if task._call is not task.func]
-            if tasks:
-                taken.append(rest := Strand(self, tasks, active=True))
-                strand.queue = [task for task in queue if task._call is task.func]
-                strand.position = 0
-                if strand.current is not None and strand.current._call is not strand.current.func:
-                    strand.freed = rest.freed = Event()
-        self.strands.update(taken)
-        return taken
-
-    def _start_enqueueing(self, strand: Strand) -> None:
-        self._context.run(self.group.start_soon, self._enqueue_strand, strand)
-
-    async def _enqueue_strand(self, strand: Strand) -> None:
-        if strand.freed is not None:
-            await strand.freed.wait()  # the one before it, which is being enqueued
-        while True:
-            with self.runner._lock:
-                if strand.head() is None:
-                    strand.current = None
-                    self.retire(strand)
-                    return
-                task = strand.take()
-            await self.scheduler.enqueue(task)
-
-    def retire(self, strand: Strand) -> None:
-        """Let go of a strand that has nothing left to run. Under the runner's lock."""
-        strand.active = False
-        if not self.cancelled:
-            self.strands.discard(strand)
-        self.settle()
-
-    def settle(self) -> None:
-        if not self.strands and self._settled is not None:
-            self._settled.set()
-
-    def make_ready(self, strand: Strand) -> None:
-        """Let a worker run what the strand has taken."""
-        self.ready.append(strand)
-        if self.attendant is None and not self.cancelled:
-            self.summon()
-
-    def summon(self) -> None:
-        """Make an idle worker, or a new one, attend."""
-        if self.idle:
-            self.attendant = self.idle.pop()
-            self.attendant.summons.release()
+        if run.loop.is_running_here():
+            spawned = run.loop.spawn(run, context, run.task.name)
         else:
-            self.attendant = Worker(self)
-            # In the session's context: a worker outlives the request that happened to need it.
-            self._context.run(self.group.start_soon, self.attendant.run)
+            spawned = run.loop.call_soon(self._arrive, run)
+        if not spawned:
+            self.close_outside(run.task, TaskState.ABANDONED)
+            close_unawaited(run.returned)
+            self._pass_on(run)
 
-    def _unfinished(self) -> list[DeferredTask]:
-        tasks = [task for strand in self.strands for task in (strand.current, *strand.rest()) if task is not None]
-        return [task for task in tasks if task.state in (TaskState.PENDING, TaskState.RUNNING)]
+    def _arrive(self, run: Run) -> None:
+        self._spawn(run)
+        self.pump()
 
-    def _close_if_idle(self) -> bool:
-        with self.runner._lock:
-            self.open = bool(self.strands)
-            return not self.open
+    def _start_thread(self, run: Run) -> None:
+        """Run a task, and those after it that may share its hop, in a thread."""
+        spare = not run.placed
+        hop = [run]
 
-    def _sweep(self) -> None:
-        with self.runner._lock:
-            self.open = False
-            self.cancelled = True
-            left = self._unfinished()
-            claimed = {*self.ready, *(strand for strand in self.strands if strand.hop is not None)}
-        for strand in claimed:
-            if strand.hop is not None and not strand.hop.abandon():
-                strand.hop.discard()
-            self.scheduler.release(strand)
-        self.ready.clear()
-        for task in left:
-            self.runner._finish_outside(task, TaskState.ABANDONED)
-        with self.runner._lock:
-            self.strands.clear()
+        def job() -> None:
+            self._run_hop(hop)
+
+        def done() -> None:
+            self.account.free_thread(spare=spare)
+            for last in hop:
+                self._pass_on(last)
+            self.pump_urgent()
+            self.pump()
+
+        if run.task.timeout is not None and not spare:
+            self._watch(run)
+        try:
+            self.threads.start(job, done)
+        except RuntimeError as exc:  # the system's limit is lower than ours
+            self.account.free_thread(spare=spare)
+            self.close_outside(run.task, FAILED, exc)
+            self._pass_on(run)
+
+    def _run_hop(self, hop: list[Run]) -> None:
+        """In the thread: leave in `hop` the run that is to be released."""
+        run = hop[0]
+        while True:
+            context = run.task._context
+            if context is not None:
+                run.returned = context.run(self.call, run)
+            if run.stop is not None:
+                run.loop.call_soon(run.stop)
+            if run.returned is not None:
+                if not run.loop.call_soon(self._await, run):
+                    close_unawaited(run.returned)
+                    self.close_outside(run.task, TaskState.ABANDONED)
+                    return
+                hop.clear()
+                return
+            if run.line is None or run.given_up or run.task.timeout is not None or not self.account.follow(run):
+                return
+
+    def call(self, run: Run) -> Awaitable[Any] | None:
+        """In the thread and the task's context: run a sync task; return what is to be awaited."""
+        if sniffio := sys.modules.get("sniffio"):  # as anyio's own threads do: there is no event loop here
+            sniffio.current_async_library_cvar.set(None)
+        try:
+            if not self.begin(run):
+                return None
+            returned = call_sync(run.task, self.settings.around)
+        except BaseException as exc:
+            self.finish(run, FAILED, exc)
+        else:
+            if returned is not None:
+                return returned
+            self.finish(run, SUCCEEDED)
+        finally:
+            del run  # as in `Run.main`
+        return None
+
+    def _await(self, run: Run) -> None:
+        """Await what a sync task returned."""
+        if run.task.state is RUNNING:
+            self._spawn(run)
+        else:
+            close_unawaited(run.returned)
+            self.release(run)
+
+    def _watch(self, run: Run) -> None:
+        """Give up on a sync task when its time is over."""
+        if not run.loop.is_running_here():
+            run.loop.call_soon(self._watch, run)
+        elif not run.released:
+            run.stop = run.loop.call_later(run.task.timeout, self._expire, run)
+
+    def _expire(self, run: Run) -> None:
+        if run.native is None and self.close_outside(run.task, TaskState.TIMED_OUT, timed_out(run.task)):
+            self.release(run)
+
+    def release(self, run: Run) -> None:
+        self._pass_on(run)
+        self.pump()
+
+    def _pass_on(self, run: Run) -> None:
+        """Free a run's place, and queue what its list has next."""
+        if self.account.release(run) and run.then is not None:
+            run.then()
+
+    # Engines' tasks that nothing may hold up
+
+    def enqueue(self, task: DeferredTask, home: Home | None, loop: Any, then: Callable[[], object]) -> None:
+        """Let an engine's task run past all that waits for a place or a thread, and call `then`. On the task's loop."""
+        run = Run(self)
+        run.task, run.home, run.loop, run.then = task, home, loop, then
+        run.placed = False
+        if not self.account.claim(run):
+            self._pass_on(run)
+        elif task._async:
+            self._spawn(run)
+        else:
+            if task.timeout is not None:
+                self._watch(run)
+            self.account.push(self.account.urgent, run)
+            self.pump_urgent()
+
+    def pump_urgent(self) -> None:
+        while (run := self.account.take_urgent()) is not None:
+            self._start_thread(run)
+
+    def expedite(self, tasks: DeferredTasks) -> None:
+        """Enqueue a list's engine tasks now, one after the other. On its loop."""
+        waiting = iter([task for task in tasks if task.state is PENDING and task._enqueues])
+
+        def following() -> None:
+            task = next(waiting, None)
+            home = tasks._home
+            if task is not None and home is not None:
+                self.enqueue(task, home, home.loop, following)
+
+        busy = [run for task, run in tuple(self.account.running.items()) if task._list is tasks and task._enqueues]
+        if busy and not busy[0].released:
+            busy[0].then = following  # that one comes first
+        else:
+            following()
+
+    # A task begins, and ends
+
+    def begin(self, run: Run) -> bool:
+        """In the task's context: claim a task that is about to run, and return whether it shall."""
+        task = run.task
+        tasks = task._list
+        try:
+            outcome = None if tasks is None else tasks.outcome
+            wanted = outcome is None or lets_through(task.when, outcome)  # None: the barrier has decided
+        except BaseException as exc:
+            self.finish(run, FAILED, exc)
+            del run, task, tasks
+            return False
+        if not wanted:
+            self.finish(run, TaskState.SKIPPED)
+            return False
+        observers = self.settings.observers
+        if not self.account.begin(run, announce=bool(observers)):
+            self._close(task, TaskState.ABANDONED, None, waiting=True)  # its home is closed, or it has ended
+            return False
+        task._started = perf_counter()
+        inside.set(task)
+        if observers:
+            report(task, RUNNING, observers)
+            if not self.account.announced(task):
+                run.given_up = True
+                self.report_end(task)
+                return False
+        return True
+
+    def finish(self, run: Run, state: TaskState, error: BaseException | None = None) -> None:
+        """In the task's context: enter a final state, unless somebody has given up on the task."""
+        if not self._close(run.task, state, error):
+            run.given_up = True
+
+    def close_outside(
+        self, task: DeferredTask, state: TaskState, error: BaseException | None = None, *, waiting: bool = False
+    ) -> bool:
+        """Outside of the task's context: enter a final state; return whether it had none (`waiting`: was PENDING)."""
+        context = task._context
+        return context is not None and context.copy().run(self._close, task, state, error, waiting=waiting)
+
+    def _close(
+        self, task: DeferredTask, state: TaskState, error: BaseException | None, *, waiting: bool = False
+    ) -> bool:
+        closed = self.account.close(task, state, error, waiting=waiting)
+        if closed is Closed.WON:
+            self.report_end(task)
+        return closed is not Closed.LOST
+
+    def _report_outside(self, task: DeferredTask) -> None:
+        context = task._context
+        if context is not None:
+            context.copy().run(self.report_end, task)
+
+    def report_end(self, task: DeferredTask) -> None:
+        """Report a task's end, settle it, and let go of what it needed to run."""
+        report(task, task.state, self.settings.observers)
+        tasks = task._list
+        task._let_go()
+        if self.account.settle(task) and tasks._ended:
+            tasks._forget_error()
+
+
+def check_durable(task: DeferredTask, *, kept: bool = False) -> None:
+    """Refuse what cannot be durable; with `kept`, jobs may stay in this process, as in a test."""
+    if not task._enqueues:
+        raise TypeError(
+            f"durable=True stores a job with an engine, and {task.name!a} is a function that would run here. "
+            "Make it a task of an engine, or leave durable out."
+        )
+    engine = recognise(task.func)
+    if not kept and engine is not None and engine.keeps is not None and engine.keeps(task.func):
+        raise TypeError(
+            f"durable=True stores a job with an engine, and the backend of {task.name!a} keeps it in this process. "
+            "Give the task a backend that stores, or leave durable out. In a test, use asgi_deferred.testing."
+        )
+    if task._list._type != "http":
+        raise _nothing_to_hold_back(task)
+
+
+def _nothing_to_hold_back(task: DeferredTask) -> DeferredError:
+    return DeferredError(
+        f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is "
+        "no HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
+    )
+
+
+schedulers: WeakSet[Scheduler] = WeakSet()
+
+
+def _after_fork() -> None:
+    """Start from nothing in a child: it has none of the threads, and the lock may be held by one of them."""
+    for scheduler in tuple(schedulers):
+        for home in scheduler.account.homes.values():
+            home.closed = True
+        scheduler.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
+from asyncio import _get_running_loop
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
-from inspect import CO_COROUTINE, iscoroutine, iscoroutinefunction
+from inspect import iscoroutine
 from math import inf
 from time import perf_counter
-from types import CodeType, FrameType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple, ParamSpec, Protocol
 
-from ._completion import WHEN, Outcome, When, without_error
+from ._account import Entry, Line, TaskState
 from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
-
-if TYPE_CHECKING:
-    from ._runner import Runner
-    from ._scheduler import Strand
+from ._functions import is_async, name_of
+from ._loops import running_loop
+from ._outcome import Outcome, When, check_when, without_error
 
 P = ParamSpec("P")
 
@@ -29,21 +28,30 @@ KEY = "asgi_deferred"
 _NOT_STARTED: dict[str, Any] = {}
 
 
-class TaskState(Enum):
-    """The states of a task: PENDING, RUNNING, then exactly one of the others."""
+class Defaults(Protocol):
+    """What a runner's configuration says of tasks."""
 
-    PENDING = "pending"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    TIMED_OUT = "timed out"
-    SKIPPED = "skipped"
-    CANCELLED = "cancelled"
-    ABANDONED = "abandoned"
+    when: When
+    timeout: float | None
+    enqueue_timeout: float
+    concurrent: bool
 
-    if not TYPE_CHECKING:
-        # By identity, as they compare. Enum's own is Python code, and tasks are counted by state.
-        __hash__ = object.__hash__
+
+class Host(Protocol):
+    """What runs the tasks of a list."""
+
+    @property
+    def settings(self) -> Defaults:
+        """Read what a task's options leave out."""
+        ...
+
+    def add(self, task: DeferredTask) -> None:
+        """Accept a task. Raises what `add_task` raises."""
+        ...
+
+    def cancel(self, task: DeferredTask) -> bool:
+        """Cancel a PENDING task."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +85,6 @@ class Options(NamedTuple):
     durable: bool = False
 
 
-def check_when(when: object) -> None:
-    if when not in WHEN if isinstance(when, str) else not callable(when):
-        raise ValueError(f"when={when!r} is unknown: use one of {WHEN} or a callable (Outcome) -> bool")
-
-
 def check_positive(name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is not a number")
@@ -95,7 +98,7 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number")
 
 
-class DeferredTask:
+class DeferredTask(Entry):
     """One deferred call. `add_task` makes it; it is not made by hand.
 
     Attributes:
@@ -105,6 +108,9 @@ class DeferredTask:
         state: A `TaskState`.
         error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran, else `None`.
         added_at: "file:line" of the call that added it.
+        request: "GET /signup"; "" until its request has ended, and for a task of no request.
+
+    Once it has ended, and observers have been told, `args` and `kwargs` are empty: it holds on to nothing.
     """
 
     __slots__ = (
@@ -116,18 +122,18 @@ class DeferredTask:
         "_context",
         "_line",
         "_name",
+        "_request",
         "_started",
-        "_tasks",
         "args",
-        "durable",
-        "error",
         "func",
         "key",
         "kwargs",
-        "state",
         "timeout",
         "when",
     )
+
+    _context: Context | None
+    _call: Any  # a callable; None once it has ended
 
     def __init__(
         self,
@@ -138,24 +144,26 @@ class DeferredTask:
         options: Options,
         frame: FrameType,
     ) -> None:
-        runner = tasks._runner
-        when, timeout, key, self._name, durable = options
-        self._tasks = tasks
+        defaults = tasks._host.settings
+        when, timeout, key, self._name, self.durable = options
+        self._list = tasks
+        self._next = None
+        self._hash = None if key is None else hash(key)
         self.func: Callable[..., Any] = func
         self.args: tuple[Any, ...] = args
         self.kwargs: dict[str, Any] = kwargs
-        self.when: When = when or runner.when
-        timeout = timeout or runner.timeout
+        self.when: When = when or defaults.when
+        timeout = timeout or defaults.timeout
         self.timeout: float | None = None if timeout == inf else timeout
         self.key: Hashable = key
-        self.durable: bool = durable
-        self.state: TaskState = TaskState.PENDING
-        self.error: BaseException | None = None
-        self._call: Callable[..., Any] = func
+        self.state = TaskState.PENDING
+        self.error = None
+        self._call = func
         self._async = is_async(func)
         self._code: CodeType = frame.f_code
         self._line: int = frame.f_lineno
-        self._context: Context = copy_context()
+        self._context = copy_context()
+        self._request: str | None = None
         self._added: float = perf_counter()
         self._started: float = 0.0
 
@@ -163,15 +171,10 @@ class DeferredTask:
         """Let running mean enqueueing."""
         self._call = partial(engine.enqueue, self.func)
         self._async = is_async(engine.enqueue)
-        timeout = options.timeout or self._tasks._runner.enqueue_timeout
+        timeout = options.timeout or self._list._host.settings.enqueue_timeout
         self.timeout = None if timeout == inf else timeout
         if engine.name is not None:
             self._name = self._name or engine.name(self.func)
-        if self.durable and engine.keeps is not None and engine.keeps(self.func):
-            raise TypeError(
-                f"durable=True stores a job with an engine, and the backend of {self.name!a} keeps it in this process. "
-                "Give the task a backend that stores, or leave durable out."
-            )
 
     @property
     def name(self) -> str:
@@ -181,50 +184,52 @@ class DeferredTask:
     def added_at(self) -> str:
         return f"{self._code.co_filename}:{self._line}"
 
+    @property
+    def _enqueues(self) -> bool:
+        """Whether to run it is to give it to its engine."""
+        return self._call is not self.func
+
+    @property
+    def request(self) -> str:
+        tasks = self._list
+        return self._request or (tasks._request if tasks is not None else "")
+
     def cancel(self) -> bool:
         """Cancel the task if it is still PENDING, and return whether that was so. Safe from any thread."""
-        return self._tasks._runner._cancel(self)
+        tasks = self._list
+        return tasks is not None and tasks._host.cancel(self)
+
+    def _let_go(self) -> None:
+        """Hold on to nothing that the task needed to run."""
+        self._request = self._list._request
+        self.args = ()
+        if self.kwargs:
+            self.kwargs = {}
+        self._context = self._call = None
 
     def __repr__(self) -> str:
         return f"<DeferredTask {self.name!r} {self.state.name} added at {self.added_at}>"
 
 
-class DeferredTasks:
+class DeferredTasks(Line):
     """The tasks of one request or websocket connection, in the order added; sized and iterable.
 
     `tasks_from(scope)`, `current_tasks()` and the frameworks' adapters give it; it is not made by hand.
-    All of it is safe to use from any thread.
+    All of it is safe to use from any thread. Of many tasks that have ended it keeps the last few dozen only.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_complete",
-        "_durable",
-        "_ended",
-        "_error",
-        "_keys",
-        "_outcome",
-        "_request",
-        "_runner",
-        "_start",
-        "_strand",
-        "_tasks",
-        "_type",
-    )
+    _start: Mapping[str, Any] = _NOT_STARTED
+    _error: BaseException | None = None
+    _outcome: Outcome | None = None
+    _request = ""
+    _scope: Mapping[str, Any] | None = None  # while the request is under way
+    _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
 
-    def __init__(self, runner: Runner, kind: Any) -> None:
-        self._runner = runner
+    def __init__(self, host: Host, kind: Any) -> None:
+        self._host = host
         self._type = kind
-        self._tasks: list[DeferredTask] = []
-        self._durable = False
-        self._ended = False
-        self._complete = False
-        self._start: Any = _NOT_STARTED
-        self._error: BaseException | None = None
-        self._outcome: Outcome | None = None
-        self._request = ""
-        self._keys: dict[Hashable, DeferredTask] | None = None
-        self._strand: Strand | None = None
+        self._loop = _get_running_loop() or running_loop()
+        self._all = []
 
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
@@ -283,20 +288,35 @@ class DeferredTasks:
     @property
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
-        start = self._start  # looked at first: `_forget_start` comes after the outcome
+        start = self._start  # looked at first: `_end` forgets it after it has made the outcome
         if self._outcome is None and self._ended:
-            status = start.get("status")
-            complete = self._complete or (self._type == "websocket" and self._error is None)
-            if self._error is None and isinstance(status, int):
-                self._outcome = without_error(self._type, status, complete)
-            else:
-                self._outcome = Outcome(self._type, status, complete, self._error)
+            return self._make_outcome(start)
         return self._outcome
 
-    def _forget_start(self) -> None:
-        """Keep the outcome, and not the headers."""
-        self._outcome = self.outcome
-        self._start = _NOT_STARTED
+    def _make_outcome(self, start: Any) -> Outcome:
+        status = start.get("status")
+        complete = self._complete or (self._type == "websocket" and self._error is None)
+        if self._error is None and isinstance(status, int):
+            return without_error(self._type, status, complete)
+        return Outcome(self._type, status, complete, self._error)
+
+    def _end(self) -> None:
+        """Keep which request it was and how it ended, and no header and no message of it."""
+        self._name_request()
+        self._outcome = self._make_outcome(self._start)
+        self._start, self._scope = _NOT_STARTED, None
+
+    def _name_request(self) -> None:
+        scope = self._scope
+        if scope is not None:
+            self._request = f"{scope.get('method', self._type)} {scope.get('path', '')}"
+
+    def _forget_error(self) -> None:
+        """Keep that the request failed, and not the frames in which it did."""
+        if self._error is not None:
+            outcome = self.outcome
+            self._error = None
+            self._outcome = outcome and outcome.without_error()
 
     def _add(
         self,
@@ -314,14 +334,14 @@ class DeferredTasks:
         task = DeferredTask(self, func, args, kwargs, options, frame)
         if engine is not None:
             task._to_engine(engine, options)
-        self._runner._accept(self, task)
+        self._host.add(task)
         return task
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return self._count
 
     def __iter__(self) -> Iterator[DeferredTask]:
-        return iter(self._tasks.copy())
+        return iter(self._all.copy())
 
     def __repr__(self) -> str:
         states = ", ".join(f"{task.name} {task.state.name}" for task in self)
@@ -345,7 +365,6 @@ class TaskAdder:
 _NO_OPTIONS = Options()
 
 current: ContextVar[DeferredTasks | None] = ContextVar("asgi_deferred", default=None)
-set_current, reset_current = current.set, current.reset
 
 
 def current_tasks() -> DeferredTasks:
@@ -392,30 +411,6 @@ def tasks_from(source: Any) -> DeferredTasks:
             "Wrap it: app = DeferredMiddleware(app), or app.add_middleware(DeferredMiddleware)."
         )
     return tasks
-
-
-def unwrap_partial(func: Any) -> Any:
-    while isinstance(func, partial):
-        func = func.func
-    return func
-
-
-def name_of(func: Any) -> str:
-    """Name a callable: its qualified name, that of what a `partial` wraps, or its type's."""
-    func = unwrap_partial(func)
-    return getattr(func, "__qualname__", None) or type(func).__qualname__
-
-
-def is_async(func: Any) -> bool:
-    """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
-    inner = func.__func__ if type(func) is MethodType else func
-    if type(inner) is FunctionType:
-        if inner.__code__.co_flags & CO_COROUTINE:
-            return True
-        if not inner.__dict__:  # nor has anyone marked it as one
-            return False
-    func = unwrap_partial(func)
-    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
 
 
 def _not_callable(func: object) -> TypeError:

@@ -7,11 +7,12 @@ its threads hold the process open at exit. These are daemons, counted until they
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Context
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import Thread
 from typing import TypeAlias
 
-Job: TypeAlias = Callable[[], None]
+Job: TypeAlias = Callable[[], object]
 
 IDLE_SECONDS = 10.0
 
@@ -20,8 +21,7 @@ class Threads:
     """Starts threads as needed and reuses them; one that idles for `IDLE_SECONDS` ends. The caller sets the limit."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._idle: list[SimpleQueue[tuple[Job, Job]]] = []
+        self._idle: list[SimpleQueue[tuple[Job, Job]]] = []  # without a lock: whoever takes one out of it has it
 
     def start(self, job: Job, done: Job) -> None:
         """Run `job` in a thread of its own, then, once that thread is free again, `done`. Neither may raise.
@@ -29,11 +29,12 @@ class Threads:
         Raises:
             RuntimeError: The system starts no more threads.
         """
-        with self._lock:
-            inbox = self._idle.pop() if self._idle else None
-        if inbox is None:
+        try:
+            inbox = self._idle.pop()
+        except IndexError:
             inbox = SimpleQueue()
-            Thread(target=self._serve, args=(inbox,), name="asgi-deferred", daemon=True).start()
+            thread = Thread(target=self._serve, args=(inbox,), name="asgi-deferred", daemon=True)
+            Context().run(thread.start)  # a thread may inherit the context, and outlives the request
         inbox.put((job, done))
 
     def _serve(self, inbox: SimpleQueue[tuple[Job, Job]]) -> None:
@@ -41,13 +42,14 @@ class Threads:
             try:
                 job, done = inbox.get(timeout=IDLE_SECONDS)
             except Empty:
-                with self._lock:
-                    if inbox in self._idle:
-                        self._idle.remove(inbox)
-                        return
-                continue  # a job is on its way
-            job()
-            with self._lock:
+                try:
+                    self._idle.remove(inbox)
+                except ValueError:  # a job is on its way
+                    continue
+                return
+            try:
+                job()
+            finally:
                 self._idle.append(inbox)
-            done()
+                done()
             del job, done  # an idle thread keeps nothing of its last task alive

@@ -15,7 +15,8 @@ from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.endpoints import HTTPEndpoint
 from starlette.routing import Route, get_name
 
-from ._tasks import DeferredTasks, is_async, tasks_from, unwrap_partial
+from ._functions import is_async, unwrap_partial
+from ._tasks import DeferredTasks, tasks_from
 
 if TYPE_CHECKING:
     from types import CodeType

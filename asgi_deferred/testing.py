@@ -25,13 +25,17 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+from . import _scheduler
+from ._account import TaskState
 from ._engines import recognise
+from ._functions import is_async
 from ._runner import Runner
-from ._tasks import DeferredTask, DeferredTasks, TaskState, is_async
+from ._scheduler import Scheduler, check_durable
+from ._tasks import DeferredTask, DeferredTasks
 
 __all__ = ["inline", "record"]
 
-_accept, _finish = Runner._accept, Runner._finish
+_add, _report = Scheduler.add, Scheduler.report_end
 
 
 @contextmanager
@@ -50,15 +54,18 @@ def record() -> Iterator[list[DeferredTask]]:
         ```
     """
     recorded: list[DeferredTask] = []
-    nobody = Runner()
+    nobody = Scheduler(Runner())
     lists: dict[DeferredTasks, DeferredTasks] = {}
 
-    def accept(_: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
-        task._tasks = lists.setdefault(tasks, DeferredTasks(nobody, tasks._type))
-        _accept(nobody, task._tasks, task)
+    def add(_: Scheduler, task: DeferredTask) -> None:
+        tasks = task._list
+        if tasks not in lists:
+            lists[tasks] = DeferredTasks(nobody, tasks._type)
+        task._list = lists[tasks]
+        _add(nobody, task)
         recorded.append(task)
 
-    with patch.object(Runner, "_accept", accept):
+    with _kept_jobs_allowed(), patch.object(Scheduler, "add", add):
         yield recorded
 
 
@@ -83,28 +90,38 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
     """
     errors: dict[DeferredTasks, BaseException | None] = {}
 
-    outer = Runner._accept
+    outer = Scheduler.add
 
-    def accept(runner: Runner, tasks: DeferredTasks, task: DeferredTask) -> None:
+    def add(scheduler: Scheduler, task: DeferredTask) -> None:
         engine = recognise(task.func)
         if engine is not None:
             task._call = partial(engine.local(task.func))
             task._async = is_async(task._call)
             task.timeout = None
-        outer(runner, tasks, task)
+        tasks = task._list
+        outer(scheduler, task)
         tasks._durable = False
 
-    def finish(runner: Runner, task: DeferredTask, state: TaskState, *args: Any, **kwargs: Any) -> bool:
-        finished = _finish(runner, task, state, *args, **kwargs)
+    def report_end(scheduler: Scheduler, task: DeferredTask) -> None:
         if task.state in (TaskState.FAILED, TaskState.TIMED_OUT):
-            errors.setdefault(task._tasks, task.error)
-        return finished
+            errors.setdefault(task._list, task.error)
+        _report(scheduler, task)
 
     async def end(runner: Runner, tasks: DeferredTasks) -> None:
+        failed = tasks._error is not None
         await runner._run_here(tasks)
         error = errors.pop(tasks, None)
-        if error is not None and raise_errors and tasks._error is None:
+        if error is not None and raise_errors and not failed:
             raise error
 
-    with patch.multiple(Runner, _accept=accept, _finish=finish, _end=end):
+    with (
+        _kept_jobs_allowed(),
+        patch.multiple(Scheduler, add=add, report_end=report_end),
+        patch.object(Runner, "_end", end),
+    ):
         yield
+
+
+def _kept_jobs_allowed() -> Any:
+    """Let a test's engine keep durable jobs in this process."""
+    return patch.object(_scheduler, "check_durable", partial(check_durable, kept=True))

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import coroutine
 from typing import Any
 
 import anyio
+from anyio.lowlevel import current_token
 
-from asgi_deferred import DeferredTask, DeferredTasks, Runner, TaskEvent, TaskState, tasks_from
+from asgi_deferred import (
+    DeferredMiddleware,
+    DeferredTask,
+    DeferredTasks,
+    Outcome,
+    Runner,
+    TaskEvent,
+    TaskState,
+    tasks_from,
+)
 
 OK: list[dict[str, Any]] = [
     {"type": "http.response.start", "status": 200, "headers": []},
@@ -89,6 +100,34 @@ async def request(app: Any, log: Log, scope: dict[str, Any] | None = None) -> No
     """Make one request, and note when the call has returned."""
     await app(scope or http_scope(), no_more_messages, log.send)
     log.append("returned")
+
+
+def ends(outcome: Outcome | None) -> object:
+    """What of an outcome stays when its error is let go of."""
+    return outcome and (outcome.type, outcome.status, outcome.complete, outcome.success)
+
+
+def call_soon() -> Callable[..., None]:
+    """Return a function that calls another on this event loop, from any thread."""
+    native: Any = current_token().native_token
+    return native.run_sync_soon if hasattr(native, "run_sync_soon") else native.call_soon_threadsafe  # type: ignore[no-any-return]
+
+
+def task_list(runner: Runner | None = None) -> DeferredTasks:
+    """Return the list of a request that is under way."""
+    lists: list[DeferredTasks] = []
+    call: Any = DeferredMiddleware(responder(lists.append), runner)(http_scope(), no_more_messages, _never)
+    call.send(None)
+    _calls.append(call)
+    return lists[0]
+
+
+@coroutine
+def _never(message: Any) -> Any:
+    yield
+
+
+_calls: list[Any] = []  # which stay under way
 
 
 def states(tasks: DeferredTasks | list[DeferredTask]) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_deferred import Outcome
-from asgi_deferred._completion import WHEN, is_final, lets_through
+from asgi_deferred._outcome import WHEN, is_final, lets_through
 
 START = {"type": "http.response.start", "status": 200}
 TRAILING = {**START, "trailers": True}

@@ -8,9 +8,9 @@ import anyio
 import pytest
 
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, TaskEvent, tasks_from
-from asgi_deferred._completion import WHEN, When
+from asgi_deferred._outcome import WHEN, When
 
-from .support import OK, Log, http_scope, no_more_messages, response
+from .support import OK, Log, ends, http_scope, no_more_messages, response
 
 pytestmark = pytest.mark.anyio
 
@@ -154,7 +154,7 @@ async def test_matrix(endpoint: Any, when: When, kind: str, live: bool) -> None:
     (task,) = lists[0]
     assert [(event.task, event.state.name) for event in events] == [(task, state) for state in run]
     assert events[-1].state is task.state
-    assert events[-1].outcome == (lists[0].outcome if kind != "cancelled" else None)
+    assert ends(events[-1].outcome) == (ends(lists[0].outcome) if kind != "cancelled" else None)
     assert events[-1].error is task.error
     counts = runner.statistics()._asdict()
     assert counts.pop("accepted") == 1

@@ -26,6 +26,7 @@ from .support import (
     OK,
     Log,
     assert_conserved,
+    ends,
     http_scope,
     lifespan,
     no_more_messages,
@@ -33,6 +34,7 @@ from .support import (
     responder,
     response,
     states,
+    task_list,
 )
 
 pytestmark = pytest.mark.anyio
@@ -334,7 +336,7 @@ async def test_nested_middleware_passes_through() -> None:
         "task",
         "returned",
     ]
-    assert [tasks._runner for tasks in lists] == [outer.runner, inner.runner]
+    assert [each.runner.statistics().accepted for each in (outer, inner)] == [1, 1]
 
 
 async def test_a_request_within_a_request() -> None:
@@ -368,7 +370,7 @@ async def test_missing() -> None:
 
 def test_tasks_from_an_object_with_a_scope() -> None:
     """`tasks_from` finds the list of anything that has an ASGI scope as its attribute."""
-    tasks = DeferredTasks(Runner(), "http")
+    tasks = task_list()
 
     class Request:
         scope = http_scope(asgi_deferred=tasks)
@@ -402,7 +404,7 @@ async def outcome_of(app: Any, scope: dict[str, Any] | None = None, send: Any = 
         await DeferredMiddleware(outer)(scope or http_scope(), receive, send or Log().send)
     except OSError:
         pass
-    assert outcomes == [lists[0].outcome]
+    assert ends(outcomes[0]) == ends(lists[0].outcome)
     return outcomes[0]
 
 
@@ -492,7 +494,7 @@ async def test_cancelled_by_the_server_while_the_final_message_goes_out(cut: str
     assert outcome is not None
     assert outcome.complete
     assert scope.cancelled_caught
-    assert isinstance(outcome.error, anyio.get_cancelled_exc_class())
+    assert not outcome.success
     assert (log, states(lists[0])) == ([], ["Log.note SKIPPED"])
 
 

@@ -14,7 +14,6 @@ def test_a_task_is_started_from_a_callback_of_the_loop(monkeypatch: pytest.Monke
     """G11: a task added where no worker is at hand runs, although a callback, outside of any task, has to start it."""
     if sniffio == "without sniffio":
         monkeypatch.setattr("anyio._core._eventloop.sniffio", None)
-        monkeypatch.setattr("asgi_deferred._scheduler.sniffio", None)
     ran: list[str] = []
 
     async def main() -> None:

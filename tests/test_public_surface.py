@@ -27,19 +27,28 @@ NEIGHBOURS = [module.name for module in iter_modules([str(PACKAGE)]) if not modu
 PUBLIC_MODULES = ["asgi_deferred", *(f"asgi_deferred.{name}" for name in NEIGHBOURS)]
 PUBLIC_NAMES = [(module, name) for module in PUBLIC_MODULES for name in import_module(module).__all__]
 
-# Imports run one way: a module of the core imports from those before it.
+# The house, from the ground up: a module imports from those before it.
 CORE = [
     "_exceptions",
-    "_completion",
-    "_threads",
+    "_functions",
+    "_outcome",
     "_engines",
+    "_account",
+    "_loops",
+    "_threads",
     "_tasks",
+    "_settings",
+    "_reports",
+    "_calls",
     "_scheduler",
-    "_runner",
+    "_drains",
+    "_waiting",
     "_durable",
+    "_runner",
     "_lifespan",
     "_middleware",
 ]
+HOUSE = [*CORE, "testing", "engines", "starlette", "fastapi", "_django", "_django_tasks", "django"]
 # What a neighbour's import may load of the below.
 LOADS = {
     "asgi_deferred.django": {"django", "sqlparse"},
@@ -111,11 +120,13 @@ def test_every_option_is_documented(function: Any) -> None:
 
 
 def test_exceptions_are_one_family() -> None:
-    """Each exception is a DeferredError and no other's base, and says when it is raised."""
+    """Each exception of a caller's is a DeferredError and no other's base, and says when it is raised."""
     names = [name for module, name in PUBLIC_NAMES if module == "asgi_deferred" and name != "DeferredError"]
     values = [getattr(asgi_deferred, name) for name in names]
     exceptions = [value for value in values if isclass(value) and issubclass(value, BaseException)]
     assert asgi_deferred.DeferredError.__bases__ == (Exception,)
+    assert asgi_deferred.TaskTimedOut.__bases__ == (TimeoutError,)  # a task's error, which nobody catches
+    exceptions.remove(asgi_deferred.TaskTimedOut)
     assert {value.__bases__ for value in exceptions} == {(asgi_deferred.DeferredError,)}
     assert [value for value in exceptions if not (value.__doc__ or "").startswith("Raised ")] == []
 
@@ -130,28 +141,48 @@ def test_importing_loads_no_framework(module: str) -> None:
     assert top_level & FRAMEWORKS - LOADS.get(module, set()) == set()
 
 
+def nodes(module: str) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+
+
 def imports(module: str) -> set[str]:
-    """The modules that a module of the package imports when it runs, those of the package with a leading dot."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    """The modules that a module of the package imports, also for type checkers; the package's with a leading dot."""
     found: set[str] = set()
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            pending += node.orelse
-            continue
-        pending += ast.iter_child_nodes(node)
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level and not node.module:
+            found.update(f".{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             found.add(("." if node.level else "") + (node.module or "").partition(".")[0])
     return found
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(module: str) -> tuple[set[str], set[str]]:
+    """The private names that a module defines, and those that it uses as attributes."""
+    defined: set[str] = set()
+    used: set[str] = set()
+    for node in nodes(module):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__":
+            defined |= set(ast.literal_eval(node.value))
+    return {*filter(is_private, defined)}, {*filter(is_private, used)}
+
+
 def test_the_core_is_listed() -> None:
     """Each module of the core has its place in the order of imports."""
-    private = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__"}
-    assert private == {*CORE, "_django", "_django_tasks"}  # these belong to a neighbour
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == {*HOUSE}
 
 
 @pytest.mark.parametrize("module", CORE)
@@ -159,6 +190,16 @@ def test_imports_run_one_way(module: str) -> None:
     """A module of the core imports those before it, the standard library, anyio and asgiref, and nothing else."""
     before = {f".{name}" for name in CORE[: CORE.index(module)]}
     assert imports(module) <= before | sys.stdlib_module_names | {"anyio", "asgiref"}
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_nothing_reaches_upwards(module: str) -> None:
+    """A module imports none of those after it, and uses no private attribute that only one of those defines."""
+    position = HOUSE.index(module) + 1
+    assert imports(module) & {f".{name}" for name in HOUSE[position:]} == set()
+    defined: set[str] = set().union(*(private_names(each)[0] for each in HOUSE[:position]))
+    later: set[str] = set().union(*(private_names(each)[0] for each in HOUSE[position:]))
+    assert private_names(module)[1] & (later - defined) == set()
 
 
 def test_the_package_is_typed() -> None:

@@ -25,7 +25,7 @@ from asgi_deferred import (
     TaskState,
     tasks_from,
 )
-from asgi_deferred._completion import WHEN
+from asgi_deferred._outcome import WHEN
 
 from .conftest import BACKENDS
 from .support import OK, http_scope, no_more_messages

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from asgi_deferred import BacklogFull, DeferredError, DeferredTasks, Runner, TaskState
-from asgi_deferred._tasks import is_async
+from asgi_deferred._functions import is_async
 
-from .support import Log, states
+from .support import Log, states, task_list
 
 
 @pytest.fixture
 def tasks() -> DeferredTasks:
-    return DeferredTasks(Runner(), "http")
+    return task_list()
 
 
 def sync(*args: Any, **kwargs: Any) -> None: ...
@@ -51,7 +51,7 @@ def test_add_task_returns_the_task(tasks: DeferredTasks) -> None:
 
 def test_defaults_come_from_the_runner() -> None:
     """What `options` leaves out, the runner decides; `math.inf` is no timeout."""
-    tasks = DeferredTasks(Runner(when="complete", timeout=7), "http")
+    tasks = task_list(Runner(when="complete", timeout=7))
     task = tasks.add_task(sync)
     assert (task.when, task.timeout, task.key, task.name) == ("complete", 7, None, "sync")
     assert tasks.options(timeout=math.inf).add_task(sync).timeout is None
@@ -97,7 +97,6 @@ def test_a_call_instead_of_a_function(tasks: DeferredTasks) -> None:
     with pytest.raises(TypeError, match=r"Got 'NoneType', which cannot be called. Pass the function"):
         tasks.add_task(sync(1))  # type: ignore[func-returns-value, arg-type]
     assert len(tasks) == 0
-    assert tasks._runner.statistics().accepted == 0
 
 
 @pytest.mark.parametrize(
@@ -141,31 +140,34 @@ def test_bad_runner(arguments: dict[str, Any], error: type[Exception], message: 
 def test_key_replaces() -> None:
     """G2: a later task with an equal key replaces the earlier pending one, which is CANCELLED once."""
     log = Log()
-    tasks = DeferredTasks(Runner(observers=[log]), "http")
+    runner = Runner(observers=[log])
+    tasks = task_list(runner)
     for name in ("one", "two", "three"):
         tasks.options(key="k", name=name).add_task(sync)
     tasks.options(key="other", name="four").add_task(sync)
     assert states(tasks) == ["one CANCELLED", "two CANCELLED", "three PENDING", "four PENDING"]
     assert log == ["one CANCELLED", "two CANCELLED"]
-    assert tasks._runner.statistics()[:3] == (4, 2, 0)
+    assert runner.statistics()[:3] == (4, 2, 0)
 
 
-def test_cancel_once(tasks: DeferredTasks) -> None:
+def test_cancel_once() -> None:
     """G2: `cancel` says whether it was this call that ended the task."""
-    task = tasks.add_task(sync)
+    runner = Runner()
+    task = task_list(runner).add_task(sync)
     assert [task.cancel(), task.cancel()] == [True, False]
     assert task.state is TaskState.CANCELLED
-    assert tasks._runner.statistics() == (1, 0, 0, 0, 0, 0, 0, 1, 0)
+    assert runner.statistics() == (1, 0, 0, 0, 0, 0, 0, 1, 0)
 
 
 def test_reject_at_the_limit() -> None:
     """G7: with overflow="reject" the task too many is refused before it is accepted, and room lets the next one in."""
-    tasks = DeferredTasks(Runner(max_pending=2, overflow="reject"), "http")
+    runner = Runner(max_pending=2, overflow="reject")
+    tasks = task_list(runner)
     first, _ = tasks.add_task(sync), tasks.add_task(sync)
     with pytest.raises(BacklogFull, match="max_pending=2 tasks are unfinished") as caught:
         tasks.add_task(sync)
     assert isinstance(caught.value, DeferredError)
-    assert tasks._runner.statistics().accepted == 2
+    assert runner.statistics().accepted == 2
     first.cancel()
     assert tasks.add_task(sync).state is TaskState.PENDING
 
@@ -173,7 +175,7 @@ def test_reject_at_the_limit() -> None:
 def test_an_early_cancellation_has_no_outcome() -> None:
     """An event of a task that ended before its request did has no outcome, and counts its time as queued."""
     events: list[Any] = []
-    tasks = DeferredTasks(Runner(observers=[events.append]), "http")
+    tasks = task_list(Runner(observers=[events.append]))
     task = tasks.add_task(sync)
     task.cancel()
     (event,) = events

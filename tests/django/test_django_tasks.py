@@ -286,12 +286,12 @@ async def test_timed_out(error: bool) -> None:
             with fail_after(30):
                 await ended.wait()
             released.set()
-            while runner._schedulers.get().threads != runner.max_threads:
+            while runner._scheduler.account.threads != runner.max_threads:
                 await sync_to_async(threading.Event().wait)(0.001)
     finally:
         task_finished.disconnect(receive)
     result.refresh()
-    assert (result.status, result.errors[0].exception_class.__name__) == (FAILED, "_TimeUp")
+    assert (result.status, result.errors[0].exception_class.__name__) == (FAILED, "TaskTimedOut")
     assert [one.id for one in finished] == [result.id]
     assert seen == [TaskState.RUNNING, TaskState.TIMED_OUT]
 

@@ -135,7 +135,7 @@ def faults(lines: Sequence[str], kept_by_connection: float) -> Iterator[str]:
         if account[state.lower()] > (found := sum(event[2] == state for event in events)):
             yield f"{state}: {account[state.lower()]} counted, {found} events"
     # A thread that was given up on, and whoever cancelled a task, may hold it a little longer, and its list with it.
-    # Uvicorn's timers for an idle connection hold the contexts of its requests for 5 s, those it has cancelled as well.
+    # Uvicorn's and hypercorn's timers for an idle connection hold the contexts of its requests for 5 s, cancelled or not.
     kept = {request_of(name) for _, name, state in events if state in {"ABANDONED", "TIMED_OUT"}}
     lists = {request_of(name) for name in alive} & over.keys() - kept
     if max(Counter(request.split(".")[0] for request in lists).values(), default=0) > kept_by_connection:
@@ -152,7 +152,7 @@ def run(name: str, seed: int, folder: Path) -> str:
             return str(exc)
         if "BusyResourceError" in server.log():  # hypercorn's trio worker dies of sending twice at once
             return ""
-        found = list(faults(server.lines(), inf if name == "uvicorn" else 0))
+        found = list(faults(server.lines(), inf if name in {"uvicorn", "hypercorn"} else 0))
         return "\n".join([*found, server.show()]) if found else ""
 
 

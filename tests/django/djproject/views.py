@@ -191,4 +191,5 @@ async def ahook(request: HttpRequest) -> HttpResponse:
 
 
 async def statistics(request: HttpRequest) -> HttpResponse:
-    return JsonResponse(current_tasks()._runner.statistics()._asdict())
+    host: Any = current_tasks()._host
+    return JsonResponse(host.account.statistics()._asdict())

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
+from ._functions import is_async
+
 _LIKE_BODY = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
 
 
@@ -55,7 +57,8 @@ class Outcome:
         type: "http", "websocket", or "lifespan" for tasks added outside any request.
         status: The response's status; `None` for an accepted websocket, or if no response was started.
         complete: Whether the final message was handed to the server.
-        error: What the application raised. It keeps its traceback, and so the frames of the failed request.
+        error: What the application raised. Once the request's tasks have ended, their list's outcome has it no more,
+            as it would keep the frames of the failed request.
         success: Complete, no error, and a status (if there is one) below 400. A websocket need not be complete.
     """
 
@@ -71,6 +74,12 @@ class Outcome:
         below_400 = self.status is None or (isinstance(self.status, int) and self.status < 400)
         object.__setattr__(self, "success", complete and self.error is None and below_400)
 
+    def without_error(self) -> Outcome:
+        """Return the same outcome, no more successful, without the exception and its frames."""
+        outcome = Outcome(self.type, self.status, self.complete)
+        object.__setattr__(outcome, "success", self.success)
+        return outcome
+
 
 # Requests that end alike share one.
 without_error = lru_cache(typed=True)(Outcome)
@@ -79,6 +88,14 @@ without_error = lru_cache(typed=True)(Outcome)
 When: TypeAlias = Literal["success", "complete", "failure", "always"] | Callable[[Outcome], bool]
 
 WHEN = ("success", "complete", "failure", "always")
+
+
+def check_when(when: object) -> None:
+    """Raise ValueError or TypeError for what cannot be a `when`."""
+    if when not in WHEN if isinstance(when, str) else not callable(when):
+        raise ValueError(f"when={when!r} is unknown: use one of {WHEN} or a callable (Outcome) -> bool")
+    if is_async(when):
+        raise TypeError(f"when={when!r} is async, and would not be awaited: use a plain function (Outcome) -> bool")
 
 
 def lets_through(when: When, outcome: Outcome) -> bool:

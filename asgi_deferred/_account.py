@@ -1,0 +1,556 @@
+"""The account of every task: its state, the counts, the limits, and what is left to do.
+
+1. An accepted task is in exactly one state. `counts` has how many are in each, and their sum is what was accepted.
+2. A task enters a final state once. The first to close it wins. Everybody else is told so, and does nothing.
+3. A task is *settled* when its end has been reported. Whoever waits for tasks to end waits for that.
+4. A list is *active* from the end of its request, or from a late task, until no task of it is PENDING. While it is
+   active it is in the queue, or it belongs to the run that took it from there. So its tasks run one at a time.
+5. Nothing of the user's runs while the lock is held. Python runs finalisers and signal handlers where a function is
+   called, where a loop jumps back and, before 3.12, where a container is made. So what is under the lock is a straight
+   line: no call, no loop, no new container, and no last reference to anything of the user's is dropped.
+   The lock is re-entrant, in case Python one day finds another place.
+6. These are read without the lock: `state` and `_ended`, where what follows looks again under the lock or holds for
+   any value; `first` of a queue, as whoever adds to a queue looks for its turn afterwards; `unsettled`, which a waiter
+   reads after it has said that it waits; whether the limit is passed, where one task too many or too few does no harm;
+   `closed` and `draining`. Each is one attribute or item, read and written as a whole, with the GIL and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+class TaskState(Enum):
+    """The states of a task: PENDING, RUNNING, then exactly one of the others."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed out"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+    ABANDONED = "abandoned"
+
+    if not TYPE_CHECKING:
+        # By identity, as they compare. Enum's own is Python code, and tasks are counted by state.
+        __hash__ = object.__hash__
+
+
+PENDING, RUNNING, CANCELLED = TaskState.PENDING, TaskState.RUNNING, TaskState.CANCELLED
+
+
+class Statistics(NamedTuple):
+    """Counts of a runner's tasks since it was made; `accepted` is the sum of all the others."""
+
+    accepted: int
+    pending: int
+    running: int
+    succeeded: int
+    failed: int
+    timed_out: int
+    skipped: int
+    cancelled: int
+    abandoned: int
+
+
+class Answer(Enum):
+    """What became of a task that was to be accepted."""
+
+    WAITS = "accepted, for the end of its request or the tasks before it"
+    DUE = "accepted, and to be queued now"
+    FULL = "refused: the backlog is full"
+    CLOSED = "refused: nothing is left that could run it"
+    COMPLETE = "refused: it is durable, and there is no response left to hold back"
+    AGAIN = "not decided: another task took the key meanwhile"
+
+
+class Closed(Enum):
+    """What became of an attempt to close a task."""
+
+    LOST = "it has ended, or is not what was to be closed"
+    WON = "closed; its end is yours to report"
+    ANNOUNCED = "closed; who is just reporting its start reports its end as well"
+
+
+class Turn(Enum):
+    """What came of looking whose turn it is."""
+
+    NOBODY = "nobody waits, or no place is free"
+    SKIPPED = "what came first has ended, or lacks a thread: look again"
+    TAKEN = "a task has what it needs"
+
+
+class Waiters:
+    """Who is to be told when something has become true. Each looks again after it has put itself here."""
+
+    __slots__ = ("_wakes",)
+
+    def __init__(self) -> None:
+        self._wakes: dict[Callable[[], object], None] = {}
+
+    def add(self, wake: Callable[[], object]) -> None:
+        self._wakes[wake] = None
+
+    def discard(self, wake: Callable[[], object]) -> None:
+        self._wakes.pop(wake, None)
+
+    def wake(self) -> None:
+        while self._wakes:
+            try:
+                wake, _ = self._wakes.popitem()
+            except KeyError:  # another thread was faster
+                return
+            wake()
+
+
+class Home:
+    """Where tasks run and who waits for them: the lifespans of an event loop, or one ASGI call without a lifespan."""
+
+    __slots__ = ("closed", "draining", "entered", "loop", "over", "stop", "unsettled", "waiters")
+
+    def __init__(self, loop: Any) -> None:
+        self.loop = loop
+        self.entered = 1
+        self.unsettled = 0
+        self.draining = False
+        self.over = False  # the drain has given up
+        self.closed = False
+        self.stop: Callable[[], object] | None = None  # cancels the drain's timer
+        self.waiters = Waiters()
+
+
+class Entry:
+    """What the account keeps of a task."""
+
+    __slots__ = ("_hash", "_list", "_next", "durable", "error", "state")
+
+    _list: Any  # the task's `Line`; None after it was settled, for then nothing may lead from it to its list
+    _next: Any
+    _hash: int | None
+    durable: bool
+    error: BaseException | None
+    state: TaskState
+    timeout: float | None
+    _async: bool
+
+    is_line = False
+
+
+class Line:
+    """What the account keeps of a task list. Most requests defer nothing, so that little is set on each."""
+
+    is_line = True
+
+    _all: list[Any]
+    _loop: Any  # the native event loop of its request
+
+    _apart = False  # each task on its own, and not one after the other
+    _count = 0  # of `_all`
+    _position = 0  # before it no task is PENDING
+    _unsettled = 0
+    _active = False
+    _ended = False  # the request has
+    _complete = False  # the response is
+    _durable = False  # it has durable tasks
+    _home: Home | None = None
+    _keys: dict[int, tuple[Any, ...]] | None = None  # by a key's hash: the unsettled tasks that have it
+    _next: Any = None
+
+
+class Queue:
+    """First in, first out: a chain of lists, or of tasks that run apart."""
+
+    __slots__ = ("first", "last")
+
+    def __init__(self) -> None:
+        self.first: Any = None
+        self.last: Any = None
+
+
+KEPT = 64  # tasks that have ended and that a list still shows
+
+
+class Account:
+    def __init__(self, places: float, threads: float, limit: float) -> None:
+        self.lock = RLock()
+        self.places = places
+        self.threads = threads
+        self.limit = limit
+        self.counts = dict.fromkeys(TaskState, 0)
+        self.unsettled = 0
+        self.lines: dict[Line, None] = {}  # those with unsettled tasks
+        self.running: dict[Any, Any] = {}  # tasks that run or are about to, and how each of them does
+        self.announcing: dict[Any, None] = {}  # those whose start is being reported
+        self.due = Queue()
+        self.parked = Queue()  # came before those that are due; a thread is all they lack
+        self.spare = threads  # for engines' tasks that nothing may hold up,
+        self.urgent = Queue()  # and those of them that wait for one
+        self.homes: dict[Any, Home] = {}  # those of lifespans, by event loop
+        self.idle = Waiters()
+        self.room = Waiters()
+
+    # A task is accepted
+
+    def accept(self, task: Any, limit: float, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
+        """Enter a task, and close `rival`, the PENDING one of the same key; return also whether that was so.
+
+        `seen` are the tasks whose key had the same hash when the rival was looked for.
+        """
+        line: Line = task._list
+        counts = self.counts
+        live = self.homes.get(line._loop)
+        one = (task,)
+        keys: dict[int, tuple[Any, ...]] = {}
+        bucket = (*(other for other in seen if other is not rival), task) if task._hash is not None else one
+        with self.lock:
+            if task._hash is not None:
+                if line._keys is None:
+                    line._keys = keys
+                keys = line._keys
+            replaces = rival is not None and rival.state is PENDING
+            if task._hash is not None and (keys[task._hash] if task._hash in keys else ()) is not seen:  # noqa: SIM401
+                answer = Answer.AGAIN
+            elif counts[PENDING] + counts[RUNNING] - replaces >= limit:
+                answer = Answer.FULL
+            else:
+                line._all += one
+                line._count += 1
+                ended = line._ended  # looked at after that: a request without tasks ends without taking the lock
+                home = line._home
+                if home is None or home.closed:
+                    home = live if live is not None and not live.closed else None
+                if (ended and home is None) or (task.durable and (ended or line._complete)):
+                    del line._all[-1]
+                    line._count -= 1
+                    answer = Answer.COMPLETE if task.durable else Answer.CLOSED
+                else:
+                    if home is not line._home:
+                        if line._home is not None:
+                            line._home.unsettled -= line._unsettled
+                        if home is not None:
+                            home.unsettled += line._unsettled
+                        line._home = home
+                    if rival is not None and replaces:
+                        rival.state = CANCELLED
+                        counts[PENDING] -= 1
+                        counts[CANCELLED] += 1
+                    counts[PENDING] += 1
+                    self.unsettled += 1
+                    line._unsettled += 1
+                    if home is not None:
+                        home.unsettled += 1
+                    self.lines[line] = None
+                    if task._hash is not None:
+                        keys[task._hash] = bucket
+                    line._durable |= task.durable
+                    answer = Answer.WAITS
+                    if ended and (line._apart or not line._active):
+                        line._active = True
+                        answer = Answer.DUE
+        return answer, replaces
+
+    def rival(self, task: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return the task of the same key in the task's list, and all tasks with that hash. Raises what `==` raises."""
+        keys = task._list._keys
+        seen = keys.get(task._hash, ()) if keys is not None else ()
+        return next((other for other in seen if other.key == task.key), None), seen
+
+    # Turns and places
+
+    def end(self, line: Line, home: Home) -> bool:
+        """Let a list's tasks run in `home`, and queue the list; return False if that is closed."""
+        queue = self.due
+        with self.lock:
+            if home.closed:
+                return False
+            line._ended = True
+            before = line._home
+            if before is not home:
+                if before is not None:
+                    before.unsettled -= line._unsettled
+                home.unsettled += line._unsettled
+                line._home = home
+            if not line._active and not line._apart:
+                line._active = True
+                if queue.last is None:
+                    queue.first = line
+                else:
+                    queue.last._next = line
+                queue.last = line
+        if before is not None and before is not home:
+            before.waiters.wake()
+        return True
+
+    def push(self, queue: Queue, entry: Any) -> None:
+        with self.lock:
+            if queue.last is None:
+                queue.first = entry
+            else:
+                queue.last._next = entry
+            queue.last = entry
+
+    def take(self, run: Any) -> Turn:
+        """Give a place, and to a sync task a thread, to the task whose turn it is, and say that `run` runs it."""
+        with self.lock:
+            parked = self.threads > 0 and self.parked.first is not None
+            queue = self.parked if parked else self.due
+            entry = queue.first
+            if entry is None or not self.places:
+                return Turn.NOBODY
+            line = entry if entry.is_line else None
+            task = entry
+            if line is not None and line._position < line._count:
+                task = line._all[line._position]
+                if task.state is not PENDING or task in self.running:
+                    line._position += 1
+                    return Turn.SKIPPED
+            queue.first = entry._next
+            entry._next = None
+            if queue.first is None:
+                queue.last = None
+            if line is not None and line._position == line._count:
+                line._active = False
+                return Turn.SKIPPED
+            tasks = task._list
+            if tasks is None or task.state is not PENDING or task in self.running:
+                return Turn.SKIPPED
+            if not task._async:
+                if not self.threads:
+                    if self.parked.last is None:
+                        self.parked.first = entry
+                    else:
+                        self.parked.last._next = entry
+                    self.parked.last = entry
+                    return Turn.SKIPPED
+                self.threads -= 1
+            self.places -= 1
+            self.running[task] = run
+            run.task = task
+            run.line = line
+            run.home = tasks._home
+            return Turn.TAKEN
+
+    def follow(self, run: Any) -> bool:
+        """Let a run that keeps its place and thread go on to the next task of its list, if that is like its last."""
+        line = run.line
+        with self.lock:
+            position = line._position
+            if position < line._count and line._all[position] is run.task:
+                position += 1
+                line._position = position
+            if position == line._count:
+                return False
+            task = line._all[position]
+            if task.state is not PENDING or task in self.running or task._async or task.timeout is not None:
+                return False
+            self.running[task] = run
+            run.task = task
+            return True
+
+    def claim(self, run: Any) -> bool:
+        """Say that `run` runs its task; return False if that has ended, or another does."""
+        task = run.task
+        with self.lock:
+            if task.state is not PENDING or task in self.running:
+                return False
+            self.running[task] = run
+            return True
+
+    def release(self, run: Any) -> bool:
+        """Give back a run's place, and queue the rest of its list; return whether it had not been released before."""
+        line, queue = run.line, self.due
+        with self.lock:
+            if run.released:
+                return False
+            run.released = True
+            if run.placed:
+                self.places += 1
+            if line is not None:
+                if line._position < line._count and line._all[line._position] is run.task:
+                    line._position += 1
+                if line._position == line._count:
+                    line._active = False
+                elif queue.last is None:
+                    queue.first = queue.last = line
+                else:
+                    queue.last._next = line
+                    queue.last = line
+            return True
+
+    def take_urgent(self) -> Any:
+        """Give a spare thread to the run whose turn it is."""
+        with self.lock:
+            run = self.urgent.first
+            if run is None or not self.spare:
+                return None
+            self.urgent.first = run._next
+            run._next = None
+            if self.urgent.first is None:
+                self.urgent.last = None
+            self.spare -= 1
+            return run
+
+    def free_thread(self, *, spare: bool) -> None:
+        with self.lock:
+            if spare:
+                self.spare += 1
+            else:
+                self.threads += 1
+
+    # A task runs, and ends
+
+    def begin(self, run: Any, *, announce: bool) -> bool:
+        """Enter RUNNING, if a claimed task is PENDING and its home open. With `announce`, `announced` has to follow."""
+        task = run.task
+        with self.lock:
+            if task.state is not PENDING or (run.home is not None and run.home.closed):
+                return False
+            task.state = RUNNING
+            self.counts[PENDING] -= 1
+            self.counts[RUNNING] += 1
+            if announce:
+                self.announcing[task] = None
+            return True
+
+    def announced(self, task: Any) -> bool:
+        """Note that the start was reported; return whether the task still runs. If not, its end is to be reported."""
+        with self.lock:
+            del self.announcing[task]
+            return task.state is RUNNING
+
+    def close(
+        self, task: Any, state: TaskState, error: BaseException | None = None, *, waiting: bool = False
+    ) -> Closed:
+        """Enter a final state, unless the task has one (with `waiting`: unless it is not PENDING)."""
+        with self.lock:
+            before = task.state
+            if before is not PENDING and (waiting or before is not RUNNING):
+                return Closed.LOST
+            if task in self.running:
+                run = self.running[task]  # noqa: F841 - its last reference is dropped after the lock
+                del self.running[task]
+            self.counts[before] -= 1
+            self.counts[state] += 1
+            task.state = state
+            task.error = error
+            return Closed.ANNOUNCED if task in self.announcing else Closed.WON
+
+    def settle(self, task: Any) -> bool:
+        """Note that the end of a task was reported; return whether that was the last of its list."""
+        line: Line = task._list
+        counts = self.counts
+        with self.lock:
+            self.unsettled -= 1
+            idle = not self.unsettled
+            room = counts[PENDING] + counts[RUNNING] <= self.limit
+            line._unsettled -= 1
+            home = line._home
+            if home is not None:
+                home.unsettled -= 1
+            last = not line._unsettled
+            if last:
+                del self.lines[line]
+        if task._hash is not None:
+            self._forget_key(line, task)
+        task._list = None
+        if home is not None and not home.unsettled:
+            home.waiters.wake()
+        if idle:
+            self.idle.wake()
+        if room:
+            self.room.wake()
+        return last
+
+    def _forget_key(self, line: Line, task: Any) -> None:
+        keys: Any = line._keys
+        while True:
+            seen = keys.get(task._hash, ())
+            bucket = tuple(other for other in seen if other is not task)
+            with self.lock:
+                if (keys[task._hash] if task._hash in keys else ()) is seen:  # noqa: SIM401
+                    if bucket:
+                        keys[task._hash] = bucket
+                    elif seen:
+                        del keys[task._hash]
+                    return
+
+    # A list's tasks
+
+    def rearrange(self, line: Line, arrange: Callable[[list[Any]], list[Any]]) -> None:
+        """Replace the tasks that a list has not come to by what `arrange` makes of them."""
+        while True:
+            with self.lock:
+                tasks, count, position = line._all, line._count, line._position
+            done = tasks[:position]
+            new = arrange(tasks[position:count])
+            done += new
+            size = len(new) + position
+            with self.lock:
+                if line._all is tasks and line._count == count and line._position == position:
+                    line._all, line._count = done, size
+                    return
+
+    def prune(self, line: Line) -> None:
+        """Let a list forget tasks that have ended, but for the last few."""
+        if line._count <= KEPT + 2 * line._unsettled:
+            return
+        with self.lock:
+            tasks, count, position = line._all, line._count, line._position
+        seen = tasks[:count]
+        ended = [index for index, task in enumerate(seen) if task.state not in (PENDING, RUNNING)]
+        dropped = {*ended[: -KEPT // 2]}
+        kept = [task for index, task in enumerate(seen) if index not in dropped]
+        size = len(kept)
+        passed = position - sum(index < position for index in dropped)
+        with self.lock:
+            if line._all is tasks and line._count == count and line._position == position:
+                line._all, line._count, line._position = kept, size, passed
+
+    # Homes
+
+    def enter(self, loop: Any, home: Home) -> Home:
+        """Enter the home of an event loop's lifespans; make it `home` if there is none."""
+        with self.lock:
+            if loop in self.homes:
+                home = self.homes[loop]
+                home.entered += 1
+            else:
+                self.homes[loop] = home
+            return home
+
+    def shut(self, home: Home) -> bool:
+        """Return whether a home is empty or given up; if nobody else has entered it, it takes no more tasks then."""
+        with self.lock:
+            if home.unsettled and not home.over:
+                return False
+            home.closed |= home.entered == 1
+            return True
+
+    def leave(self, loop: Any, home: Home) -> None:
+        with self.lock:
+            home.entered -= 1
+            if not home.entered:
+                home.closed = True
+                if loop in self.homes and self.homes[loop] is home:
+                    del self.homes[loop]
+
+    def unfinished(self, home: Home) -> list[Any]:
+        """Return what is PENDING or RUNNING in a home."""
+        lines = [line for line in tuple(self.lines) if line._home is home]
+        return [task for line in lines for task in tuple(line._all) if task.state in (PENDING, RUNNING)]
+
+    def is_over_limit(self) -> bool:
+        return self.counts[PENDING] + self.counts[RUNNING] > self.limit
+
+    def statistics(self) -> Statistics:
+        counts = self.counts
+        with self.lock:
+            pending, running, succeeded = counts[PENDING], counts[RUNNING], counts[TaskState.SUCCEEDED]
+            failed, timed_out = counts[TaskState.FAILED], counts[TaskState.TIMED_OUT]
+            skipped, cancelled, abandoned = counts[TaskState.SKIPPED], counts[CANCELLED], counts[TaskState.ABANDONED]
+        states = (pending, running, succeeded, failed, timed_out, skipped, cancelled, abandoned)
+        return Statistics(sum(states), *states)

@@ -1,0 +1,32 @@
+"""What can be told of a callable without calling it."""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import CO_COROUTINE, iscoroutinefunction
+from types import FunctionType, MethodType
+from typing import Any
+
+
+def unwrap_partial(func: Any) -> Any:
+    while isinstance(func, partial):
+        func = func.func
+    return func
+
+
+def name_of(func: Any) -> str:
+    """Name a callable: its qualified name, that of what a `partial` wraps, or its type's."""
+    func = unwrap_partial(func)
+    return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+def is_async(func: Any) -> bool:
+    """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
+    inner = func.__func__ if type(func) is MethodType else func
+    if type(inner) is FunctionType:
+        if inner.__code__.co_flags & CO_COROUTINE:
+            return True
+        if not inner.__dict__:  # nor has anyone marked it as one
+            return False
+    func = unwrap_partial(func)
+    return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004

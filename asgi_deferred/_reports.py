@@ -1,0 +1,96 @@
+"""What observers are told, and what the log says: the one door through which anything is reported.
+
+1. A report is made outside the account's lock and in the context of the task. It never raises, whatever an observer,
+   or a handler, filter or formatter of the log, does.
+2. Each final state makes one event and, where it is not what the user wanted, one line in the log. DEBUG has the rest.
+3. A line names the task, the place that added it, and the request. It is one line, cut to length, with no argument.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from logging import DEBUG, ERROR, getLogger
+from time import perf_counter
+from traceback import print_exc
+from typing import Any
+
+from ._account import TaskState
+from ._tasks import DeferredTask, TaskEvent
+
+logger = getLogger("asgi_deferred")
+
+LONGEST = 200  # characters of a name or a request in the log
+
+RUNNING, SUCCEEDED, FAILED = TaskState.RUNNING, TaskState.SUCCEEDED, TaskState.FAILED
+
+
+def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[TaskEvent], object]]) -> None:
+    """Report that a task has entered a state, in its context."""
+    if state is not RUNNING and (state is not SUCCEEDED or logger.isEnabledFor(DEBUG)):
+        _log(task, state)
+    if observers:
+        now = perf_counter()
+        started = task._started or now
+        tasks = task._list
+        error = None if state is RUNNING else task.error
+        event = TaskEvent(task, state, tasks.outcome, started - task._added, now - started, error)
+        for observer in observers:
+            try:
+                observer(event)
+            except BaseException as exc:
+                write(ERROR, "Observer %r failed on %s", observer, describe(task), error=exc)
+
+
+def log_abandoned(seconds: float, tasks: Iterable[DeferredTask]) -> None:
+    names = Counter(_short(task.name) for task in tasks)
+    left = ", ".join(f"{name} ({count})" for name, count in names.items())
+    write(ERROR, "drain_timeout=%s s is over; abandoning deferred tasks: %s", seconds, left)
+
+
+def write(level: int, message: str, *args: Any, error: BaseException | None = None) -> None:
+    """Write to the log, whatever its handlers do."""
+    try:
+        logger.log(level, message, *args, exc_info=error)
+    except BaseException:
+        try:
+            print_exc()
+        except BaseException:  # stderr is gone as well
+            return
+
+
+def describe(task: DeferredTask) -> str:
+    request = f", request {_short(task.request)}" if task.request else ""
+    return f"deferred task {_short(task.name)}, added at {task.added_at}{request}"
+
+
+def _log(task: DeferredTask, state: TaskState) -> None:
+    error, text = task.error, describe(task)
+    if state is FAILED:
+        write(ERROR, "Failed: %s%s", text, _hint(task), error=error)
+    elif state is TaskState.TIMED_OUT:
+        still = "" if task._async else "; it is a sync function, so its thread still runs"
+        if task._enqueues:
+            still = "; whether its engine has it is unknown"
+        write(ERROR, "Timed out after %s s: %s%s", task.timeout, text, still, error=error)
+    elif state is TaskState.ABANDONED:
+        still = "; it still runs" if task._started and error is None else ""
+        write(ERROR, "Abandoned at shutdown: %s%s", text, still, error=error)
+    elif error is not None:
+        write(ERROR, "Cancelled, and not by the runner: %s", text, error=error)
+    else:
+        write(DEBUG, "%s: %s", state.value.capitalize(), text)
+
+
+def _hint(task: DeferredTask) -> str:
+    """Say what is likely if a function does not take a keyword that is one of our options."""
+    if isinstance(task.error, TypeError):
+        for option in ("when", "timeout", "key", "name", "durable"):
+            if option in task.kwargs and f"unexpected keyword argument '{option}'" in str(task.error):
+                return f" (an option is given as options({option}=...).add_task(...))"
+    return ""
+
+
+def _short(text: str) -> str:
+    text = ascii(text[: LONGEST + 1])
+    return text if len(text) <= LONGEST + 2 else f"{text[:LONGEST]}...'"
