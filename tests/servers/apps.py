@@ -280,7 +280,14 @@ urlpatterns = [re_path("async$", django_async), re_path("sync$", django_sync)]
 settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="tests", LOGGING_CONFIG=None)
 setup()
 request_finished.connect(_committed)
-django_app = get_asgi_application()
+_django = get_asgi_application()
+
+
+async def django_app(scope: Any, receive: Any, send: Any) -> None:
+    """Set the request's id around Django: before 6.0 it sends `request_finished` outside of the view's context."""
+    if scope["type"] == "http":
+        request_id.set(parse_qs(scope["query_string"].decode())["id"][0])
+    await _django(scope, receive, send)
 
 
 # All of them behind one lifespan
