@@ -27,7 +27,7 @@ def _empty() -> None:
 
 @pytest.fixture
 def admin() -> Iterator[psycopg.Connection]:
-    with psycopg.connect(need(POSTGRES), autocommit=True) as connection:
+    with psycopg.connect(need(POSTGRES), dbname="postgres", autocommit=True) as connection:
         yield connection
 
 

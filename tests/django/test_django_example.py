@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import subprocess
 import sys
 from email import message_from_bytes, policy
@@ -79,7 +80,8 @@ async def test_example(name: str, environ: dict[str, str]) -> None:
     assert [line for line in server.lines if "Traceback" in line] == []
 
 
-def test_checks() -> None:
+def test_checks(tmp_path: Path) -> None:
     """The example passes Django's own checks and has no migration to make."""
+    environ = {**os.environ, "DATA_DIR": str(tmp_path)}  # of the database that Django makes to look
     for command in (["check"], ["makemigrations", "--check", "--dry-run"]):
-        subprocess.run([sys.executable, "manage.py", *command], cwd=PROJECT, check=True)
+        subprocess.run([sys.executable, "manage.py", *command], cwd=PROJECT, env=environ, check=True)
