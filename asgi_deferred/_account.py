@@ -236,6 +236,9 @@ class Account:
                         line._home = home
                     if rival is not None and replaces:
                         rival.state = CANCELLED
+                        if rival in self.running:  # it was about to run
+                            run = self.running[rival]  # noqa: F841 - as in `close`
+                            del self.running[rival]
                         counts[PENDING] -= 1
                         counts[CANCELLED] += 1
                     counts[PENDING] += 1

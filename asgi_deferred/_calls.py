@@ -21,23 +21,25 @@ from ._tasks import DeferredTask
 
 def call_sync(task: DeferredTask, around: Sequence[Around]) -> Awaitable[Any] | None:
     """Call a sync task; return what is to be awaited before it has ended."""
-    if not around:
-        result = task._call(*task.args, **task.kwargs)
-    else:
-        with ExitStack() as stack:
-            for each in around:
-                manager = each(task)
-                if isinstance(manager, AbstractContextManager):
-                    stack.enter_context(manager)
-            call = task._call
-            if call is None:  # a timeout or a shutdown has given up on the task meanwhile
-                return None
-            result = call(*task.args, **task.kwargs)
+    func = task.func
+    try:
+        if not around:
+            result = task._call(*task.args, **task.kwargs)
+        else:
+            with ExitStack() as stack:
+                for each in around:
+                    _enter(stack, each(task), here=True)
+                call = task._call
+                if call is None:  # a timeout or a shutdown has given up on the task meanwhile
+                    return None
+                result = call(*task.args, **task.kwargs)
+    finally:
+        del task  # its error is about to have this frame in its traceback
     if result is None:
         return None
     if isawaitable(result):
         return result
-    inner = unwrap_partial(task.func)
+    inner = unwrap_partial(func)
     if (isgenerator(result) and isgeneratorfunction(inner)) or (isasyncgen(result) and isasyncgenfunction(inner)):
         raise TypeError(
             "This is a generator function: calling it runs none of its code. "
@@ -54,26 +56,31 @@ async def call_async(
     Raises:
         TaskTimedOut: The time is over.
     """
-    async with AsyncExitStack() as stack:
-        for each in around:
-            manager = each(task)
-            if isinstance(manager, AbstractAsyncContextManager):
-                await stack.enter_async_context(manager)
-            elif returned is None:
-                stack.enter_context(manager)
-        awaitable = task._call(*task.args, **task.kwargs) if returned is None else returned
-        if seconds is None:
-            del task  # the task's error is about to have this frame in its traceback
-            await awaitable
-            return
-        error = timed_out(task)
-        del task
-        try:
-            await loop.within(seconds, awaitable)
-        except TimeUp as exc:
-            raise error from exc.__cause__
-        finally:
-            del error
+    try:
+        async with AsyncExitStack() as stack:
+            for each in around:
+                manager = each(task)
+                if isinstance(manager, AbstractAsyncContextManager):
+                    await stack.enter_async_context(manager)
+                else:
+                    _enter(stack, manager, here=returned is None)
+                del manager
+            awaitable = task._call(*task.args, **task.kwargs) if returned is None else returned
+            if seconds is None:
+                await awaitable
+                return
+            try:
+                await loop.within(seconds, awaitable)
+            except TimeUp as exc:
+                raise timed_out(task) from exc.__cause__
+    finally:
+        del task, returned  # as above
+        awaitable = None
+
+
+def _enter(stack: ExitStack | AsyncExitStack, manager: object, *, here: bool) -> None:
+    if here and isinstance(manager, AbstractContextManager):
+        stack.enter_context(manager)
 
 
 def timed_out(task: DeferredTask) -> TaskTimedOut:

@@ -108,13 +108,16 @@ class AsyncioLoop:
         return True
 
     async def within(self, seconds: float, awaitable: Awaitable[Any]) -> None:
+        scope = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as scope:
+            async with scope:
                 await awaitable
         except TimeoutError as exc:
             if scope.expired() and isinstance(exc.__cause__, asyncio.CancelledError):
                 raise TimeUp from exc.__cause__
             raise
+        finally:
+            del scope, awaitable  # they may lead to the error, and its traceback here
 
 
 class TrioLoop:
@@ -179,4 +182,4 @@ class TrioLoop:
             if not returned:
                 raise
         finally:
-            where = None
+            del where, awaitable

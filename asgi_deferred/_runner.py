@@ -119,8 +119,8 @@ class Runner(Settings):
 
     async def _drain(self, home: Home) -> None:
         """Wait until a home is empty, or its drain has given up. May be cut, and called again."""
-        drain(self._scheduler, home, self.drain_timeout)
         while not self._scheduler.account.shut(home):
+            drain(self._scheduler, home, self.drain_timeout)
             await until_empty(home)
 
     # A request ends

@@ -77,7 +77,7 @@ class Run:
             scheduler.finish(self, SUCCEEDED)
         finally:
             scheduler.release(self)
-            del self, scheduler, task  # a traceback has this frame, and the task has the traceback
+            del self, scheduler, task, returned  # a traceback has this frame, and the task has the traceback
 
     def state_after(self, error: BaseException) -> TaskState:
         """Decide by what came out of its native task how a task ended."""
@@ -216,8 +216,8 @@ class Scheduler:
 
         def done() -> None:
             self.account.free_thread(spare=spare)
-            for last in hop:
-                self._pass_on(last)
+            while hop:
+                self._pass_on(hop.pop())
             self.pump_urgent()
             self.pump()
 
@@ -233,21 +233,24 @@ class Scheduler:
     def _run_hop(self, hop: list[Run]) -> None:
         """In the thread: leave in `hop` the run that is to be released."""
         run = hop[0]
-        while True:
-            context = run.task._context
-            if context is not None:
-                run.returned = context.run(self.call, run)
-            if run.stop is not None:
-                run.loop.call_soon(run.stop)
-            if run.returned is not None:
-                if not run.loop.call_soon(self._await, run):
-                    close_unawaited(run.returned)
-                    self.close_outside(run.task, TaskState.ABANDONED)
+        try:
+            while True:
+                context = run.task._context
+                if context is not None:
+                    run.returned = context.run(self.call, run)
+                if run.stop is not None:
+                    run.loop.call_soon(run.stop)
+                if run.returned is not None:
+                    if not run.loop.call_soon(self._await, run):
+                        close_unawaited(run.returned)
+                        self.close_outside(run.task, TaskState.ABANDONED)
+                        return
+                    hop.clear()
                     return
-                hop.clear()
-                return
-            if run.line is None or run.given_up or run.task.timeout is not None or not self.account.follow(run):
-                return
+                if run.line is None or run.given_up or run.task.timeout is not None or not self.account.follow(run):
+                    return
+        finally:
+            del run, context  # as in `Run.main`
 
     def call(self, run: Run) -> Awaitable[Any] | None:
         """In the thread and the task's context: run a sync task; return what is to be awaited."""
