@@ -82,7 +82,7 @@ def recognise(func: Any) -> Engine | None:
 
 
 def _engine_of(func: Any, kind: type) -> Engine | None:
-    for cls in reversed(registered):
+    for cls in reversed(tuple(registered)):  # a copy, as another thread may register
         if isinstance(func, cls):
             return registered[cls]
     if hasattr(kind, "__defer_enqueue__"):

@@ -132,6 +132,9 @@ class DeferredTask(Entry):
         "when",
     )
 
+    durable: bool
+    error: BaseException | None
+    state: TaskState
     _context: Context | None
     _call: Any  # a callable; None once it has ended
 
@@ -273,12 +276,14 @@ class DeferredTasks(Line):
 
         Raises:
             ValueError: `when` is unknown, or `timeout` is not above 0.
-            TypeError: `timeout` is not a number, or `key` is not hashable.
+            TypeError: `timeout` is not a number, `name` not a string, or `key` not hashable.
         """
         if when is not None:
             check_when(when)
         if timeout is not None:
             check_positive("timeout", timeout)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name={name!r} is not a string")
         try:
             hash(key)
         except TypeError:
