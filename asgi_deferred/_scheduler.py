@@ -149,8 +149,9 @@ class Scheduler:
             self._report_outside(rival)
         if answer is Answer.DUE:
             account.push(account.due, task if tasks._apart else tasks)
-            if not tasks._home.loop.call_soon(self.pump):
+            if not tasks._home.loop.call_soon(self.pump):  # it is gone
                 self.close_outside(task, TaskState.ABANDONED)
+                self.pump()
 
     def cancel(self, task: DeferredTask) -> bool:
         return self.close_outside(task, TaskState.CANCELLED, waiting=True)

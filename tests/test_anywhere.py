@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -234,7 +234,7 @@ async def test_engines_are_registered_while_others_add() -> None:
         while not stop.is_set():
             register(type("Job", (), {}), enqueue)
 
-    class Callable_:
+    class Work:
         async def __call__(self) -> None:
             log.append("called")
 
@@ -243,7 +243,7 @@ async def test_engines_are_registered_while_others_add() -> None:
     try:
         async with runner:
             for _ in range(300):
-                defer(Callable_())
+                defer(Work())
     finally:
         stop.set()
         thread.join()
@@ -384,8 +384,6 @@ async def test_added_by_a_when_and_an_observer() -> None:
         await request(app, Log())
     assert log == ["first", "from when", "from the observer"]
     assert_conserved(runner)
-
-
 
 
 async def test_wait_idle_inside_a_task() -> None:
