@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import OrderedDict
+from contextvars import copy_context
 from copy import copy
 from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction
 from socket import gethostname
-from threading import Lock
+from threading import RLock, Thread
 from time import monotonic
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -25,6 +26,7 @@ from asgiref.sync import SyncToAsync
 from django.conf import settings
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 from django.tasks import TaskContext, TaskResult, TaskResultStatus
 from django.tasks.backends.immediate import ImmediateBackend
 from django.tasks.base import TaskError
@@ -38,12 +40,13 @@ from django.utils.json import normalize_json
 from ._account import TaskState
 from ._django import DeferredMiddleware
 from ._exceptions import DeferredError
+from ._loops import running_loop
 from ._outcome import check_when
 from ._scheduler import Scheduler
 from ._tasks import DeferredTask, DeferredTasks, Options, TaskEvent, check_positive, current
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import FrameType
 
     from django.tasks import Task
@@ -53,7 +56,7 @@ R = TypeVar("R")
 
 INSTALL = "Wrap it in asgi.py: application = asgi_deferred.django.DeferredMiddleware(get_asgi_application())."
 
-_lock = Lock()
+_lock = RLock()  # a finaliser may strike while it is held, and enqueue
 
 
 class _Results:
@@ -264,17 +267,17 @@ class DeferredBackend(ImmediateBackend):
 
     def _finish(self, result: TaskResult[..., Any], error: BaseException | None = None) -> bool:
         """Enter the final status; return whether it had none until now."""
+        status, errors = TaskResultStatus.SUCCESSFUL, []
+        if error is not None:
+            kind = type(error)
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            trace = "".join(format_exception(error))
+            status, errors = TaskResultStatus.FAILED, [TaskError(exception_class_path=path, traceback=trace)]
         with _lock:
             if result.is_finished:
                 return False
-            if error is None:
-                _set(result, status=TaskResultStatus.SUCCESSFUL, finished_at=timezone.now())
-            else:
-                kind = type(error)
-                path = f"{kind.__module__}.{kind.__qualname__}"
-                trace = "".join(format_exception(error))
-                result.errors.append(TaskError(exception_class_path=path, traceback=trace))
-                _set(result, status=TaskResultStatus.FAILED, finished_at=timezone.now())
+            result.errors.extend(errors)
+            _set(result, status=status, finished_at=timezone.now())
             self._keep(result)
             return True
 
@@ -351,8 +354,18 @@ def _end_unrun(event: TaskEvent) -> None:
         return
     error = event.error or DeferredError(f"{event.state.value.capitalize()} before it started")
     backend = event.task.func.__self__  # type: ignore[attr-defined]
-    if backend._finish(result, error):
-        task_finished.send_robust(type(backend), task_result=result)
+    if not backend._finish(result, error):
+        return
+    send = partial(copy_context().run, task_finished.send_robust, type(backend), task_result=result)
+    if running_loop() is None:
+        send()
+    else:  # receivers use the database, which Django allows in no event loop; Python waits for this thread at exit
+        Thread(target=_send_and_close, args=(send,), name="asgi-deferred").start()
+
+
+def _send_and_close(send: Callable[[], object]) -> None:
+    send()
+    connections.close_all()
 
 
 def _check_application() -> Iterable[checks.CheckMessage]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
-from asgi_deferred import BacklogFull, DeferredError, DeferredTasks, Runner, TaskState
+from asgi_deferred import BacklogFull, DeferredError, DeferredMiddleware, DeferredTasks, Runner, TaskState, defer
 from asgi_deferred._functions import is_async
 
-from .support import Log, states, task_list
+from .support import Log, http_scope, no_more_messages, responder, states, task_list
 
 
 @pytest.fixture
@@ -99,6 +100,17 @@ def test_a_call_instead_of_a_function(tasks: DeferredTasks) -> None:
     assert len(tasks) == 0
 
 
+async def async_when(_: object) -> bool: ...  # type: ignore[empty-body]
+
+
+def undecorated(_: object) -> Iterator[None]:
+    yield
+
+
+async def async_undecorated(_: object) -> AsyncIterator[None]:
+    yield
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -110,6 +122,8 @@ def test_a_call_instead_of_a_function(tasks: DeferredTasks) -> None:
         ({"timeout": "5"}, TypeError, "timeout='5' is not a number"),
         ({"timeout": True}, TypeError, "timeout=True is not a number"),
         ({"key": ["a"]}, TypeError, r"key=\['a'\] is not hashable"),
+        ({"name": 1}, TypeError, "name=1 is not a string"),
+        ({"when": async_when}, TypeError, "is async, and would not be awaited"),
     ],
 )
 def test_bad_options(tasks: DeferredTasks, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -129,6 +143,13 @@ def test_bad_options(tasks: DeferredTasks, options: dict[str, Any], error: type[
         ({"timeout": 0}, ValueError, "timeout=0 must be more than 0"),
         ({"overflow": "drop"}, ValueError, "overflow='drop' is unknown: use 'wait' or 'reject'"),
         ({"when": "never"}, ValueError, "when='never' is unknown"),
+        ({"when": async_when}, TypeError, "is async, and would not be awaited"),
+        ({"observers": [1]}, TypeError, "observers has 1, which cannot be called"),
+        ({"observers": [async_when]}, TypeError, "which is async, and would not be awaited"),
+        ({"around": [1]}, TypeError, "around has 1, which cannot be called"),
+        ({"around": [undecorated]}, TypeError, "decorate a generator function with @contextlib.contextmanager"),
+        ({"around": [async_undecorated]}, TypeError, "an async one with @contextlib.asynccontextmanager"),
+        ({"around": [async_when]}, TypeError, "returns no context manager"),
     ],
 )
 def test_bad_runner(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -182,3 +203,51 @@ def test_an_early_cancellation_has_no_outcome() -> None:
     assert (event.task, event.state, event.outcome, event.error) == (task, TaskState.CANCELLED, None, None)
     assert event.queued > 0
     assert event.duration == 0
+
+
+def test_reject_lets_a_replacement_through() -> None:
+    """G7: at the limit with `overflow="reject"` a task that replaces a pending one is accepted, as it takes its place."""
+    tasks = task_list(Runner(max_pending=2, overflow="reject"))
+    tasks.add_task(print)
+    tasks.options(key="k", name="old").add_task(print)
+    tasks.options(key="k", name="new").add_task(print)
+    with pytest.raises(BacklogFull):
+        tasks.options(key="other").add_task(print)
+    assert states(tasks) == ["print PENDING", "old CANCELLED", "new PENDING"]
+
+
+def takes_nothing(**_: object) -> None: ...
+
+
+async def refuses(number: int) -> None: ...
+
+
+@pytest.mark.anyio
+async def test_an_option_among_the_arguments_gets_a_hint(caplog: pytest.LogCaptureFixture) -> None:
+    """A call that fails on an option's name says where options are given."""
+    add: Any = refuses
+    async with Runner():
+        defer(add, 1, timeout=5)
+        defer(add, 1, other=5)
+        defer(takes_nothing, timeout=5)
+    texts = [record.getMessage() for record in caplog.records]
+    hints = [text.endswith(" (an option is given as options(timeout=...).add_task(...))") for text in texts]
+    assert hints == [True, False]
+
+
+@pytest.mark.anyio
+async def test_long_names_make_short_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """A path of 60 000 characters, and a name as long, make a log line that can be read."""
+
+    def fail() -> None:
+        raise ValueError
+
+    runner = Runner()
+    app = DeferredMiddleware(responder(lambda tasks: tasks.options(name="n" * 60_000).add_task(fail)), runner)
+    async with runner:
+        await app(http_scope("/" + "p" * 60_000), no_more_messages, Log().send)
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert len(line) < 1000
+    assert "nnn...'" in line
+    assert "ppp...'" in line

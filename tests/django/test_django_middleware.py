@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from threading import Event, get_ident
@@ -222,6 +224,65 @@ async def test_threads_of_their_own() -> None:
         await runner.wait_idle()
     assert [task.state for task in tasks] == [TaskState.SUCCEEDED] * 2
     assert len(threads) == 2
+
+
+STUCK = """
+import asyncio, threading, time
+from asgiref.sync import sync_to_async
+from asgi_deferred import Runner, defer
+from asgi_deferred.django import DeferredMiddleware
+from django.conf import settings
+
+settings.configure()
+runner = Runner(drain_timeout=0.1)
+
+async def app(scope, receive, send): ...
+
+DeferredMiddleware(app, runner=runner)
+entered = threading.Event()
+
+def stuck():
+    entered.set()
+    time.sleep(3600)
+
+async def task():
+    await sync_to_async(stuck)()
+
+async def main():
+    async with runner:
+        defer(task)
+        while not entered.is_set():
+            await asyncio.sleep(0.001)
+
+asyncio.run(main())
+print(runner.statistics().abandoned)
+"""
+
+
+def test_a_stuck_thread_does_not_hold_the_process() -> None:
+    """G8: an async task that hangs in `sync_to_async` holds neither the drain nor, at its end, the process."""
+    result = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.returncode) == ("1\n", 0), result.stderr
+
+
+async def test_what_a_thread_raises_comes_out() -> None:
+    """What `sync_to_async` runs in a task's own thread may raise, and the task gets it; the next one does well."""
+    log: list[str] = []
+
+    def fail() -> None:
+        raise LookupError("in the thread")
+
+    async def task() -> None:
+        with pytest.raises(LookupError, match="in the thread"):
+            await sync_to_async(fail)()
+        await sync_to_async(log.append)("the next")
+
+    runner = Runner()
+    dj.wrapped(runner)
+    async with runner:
+        defer(task)
+    assert log == ["the next"]
+    assert runner.statistics().succeeded == 1
 
 
 async def test_around_of_the_user() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from anyio import Event, fail_after
+from anyio import Event, fail_after, sleep_forever
 
 import django
 
@@ -294,6 +295,45 @@ async def test_timed_out(error: bool) -> None:
     assert (result.status, result.errors[0].exception_class.__name__) == (FAILED, "TaskTimedOut")
     assert [one.id for one in finished] == [result.id]
     assert seen == [TaskState.RUNNING, TaskState.TIMED_OUT]
+
+
+@task
+async def hangs_async() -> None:
+    await sleep_forever()
+
+
+@task
+def never_starts() -> None:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "around"])
+async def test_timed_out_finishes_once(kind: str, signals: list[str]) -> None:
+    """G2: a task that times out, also while a slow `around` is being entered, sends `task_finished` once, to all receivers."""
+
+    @contextmanager
+    def slow(_: object) -> Iterator[None]:
+        released.wait(30)
+        yield
+
+    released.clear()
+    runner = Runner(timeout=0.05, around=[slow] if kind == "around" else [])
+    dj.wrapped(runner)
+    async with runner:
+        job: Any = {"sync": outlives, "async": hangs_async, "around": never_starts}[kind]
+        result = await job.aenqueue(*([False] if kind == "sync" else []))
+        await runner.wait_idle()
+        released.set()
+        while runner._scheduler.account.threads != runner.max_threads:
+            await sync_to_async(threading.Event().wait)(0.001)
+    result.refresh()
+    assert result.status == FAILED
+    started = [] if kind == "around" else ["DeferredBackend started RUNNING"]
+    with fail_after(30):
+        while len(signals) < 2 + len(started):  # a thread may be sending it
+            await sync_to_async(threading.Event().wait)(0.001)
+    assert signals[1:] == [*started, "DeferredBackend finished FAILED"]
+    assert runner.statistics().timed_out == 1
 
 
 @pytest.mark.parametrize("name", ["default", "careful"])

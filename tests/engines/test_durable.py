@@ -169,6 +169,60 @@ async def test_answer_to_a_refusal_is_whole() -> None:
     }
 
 
+async def test_each_refusal_is_a_message_of_its_own() -> None:
+    """G3: what a middleware outside of ours adds to one client's 503, such as a cookie, is in no other client's."""
+    sizes: list[int] = []
+    runner = Runner()
+    app = DeferredMiddleware(
+        responder(lambda tasks: tasks.options(durable=True).add_task(Engine([], refuse), "bad")), runner
+    )
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"].append((b"set-cookie", b"session=somebody"))
+            sizes.append(len(message["headers"]))
+
+    for _ in range(3):
+        await app(http_scope(), no_more_messages, send)
+    assert sizes == [4, 4, 4]
+
+
+async def test_the_log_of_a_refusal_names_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says which request a refused task belonged to, though that has not ended."""
+    add: Any = lambda tasks: tasks.options(durable=True).add_task(Engine([], refuse), "bad")  # noqa: E731
+    await request(DeferredMiddleware(responder(add)), Wire(), http_scope("/signup"))
+    assert ", request 'GET /signup'" in caplog.records[0].getMessage()
+
+
+async def test_no_message_overtakes_one_that_is_held() -> None:
+    """G10: what another task of the application sends while the start is held back goes out after it."""
+    log = Wire()
+    storing, go = anyio.Event(), anyio.Event()
+
+    async def wait() -> None:
+        storing.set()
+        await go.wait()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks_from(scope).options(durable=True).add_task(Engine(log, wait), "bad")
+
+        async def send_the_rest() -> None:
+            await storing.wait()
+            for body in (b"one", b"two"):
+                await send({"type": "http.response.body", "body": body, "more_body": body == b"one"})
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(send, START)
+            group.start_soon(send_the_rest)
+            await storing.wait()
+            await anyio.wait_all_tasks_blocked()
+            log.append("go")
+            go.set()
+
+    await request(DeferredMiddleware(app), log)
+    assert log == ["go", "stored bad", "start 200", "body one", "body two", "returned"]
+
+
 async def test_application_sees_the_refusal() -> None:
     """G10: `send` raises the refusal, so that a transaction rolls back, and goes on raising whatever the app tries."""
     log = Wire()
@@ -419,6 +473,29 @@ async def test_durable_where_there_is_no_response_to_hold_back() -> None:
             current_tasks().options(durable=True).add_task(Engine(log), "1")
     assert log == ["start 200", "body hello", "returned", "returned"]
     assert runner.statistics().accepted == 0
+
+
+async def test_cancelled_as_the_barrier_comes_to_it() -> None:
+    """G2: a durable task that an earlier one's enqueue, or a `when`, cancels is not enqueued; the response goes out."""
+    log = Wire()
+    lists: list[DeferredTasks] = []
+
+    async def cancel_the_next() -> None:
+        assert list(lists[0])[1].cancel()
+
+    def cancel_itself(outcome: Outcome) -> bool:
+        return list(lists[0])[2].cancel()
+
+    def add(tasks: DeferredTasks) -> None:
+        lists.append(tasks)
+        tasks.options(durable=True).add_task(Engine(log, cancel_the_next), "bad")
+        tasks.options(durable=True).add_task(Engine(log), "2")
+        tasks.options(durable=True, when=cancel_itself).add_task(Engine(log), "3")
+
+    runner = Runner()
+    await call(responder(add), log, runner)
+    assert log == ["stored bad", "start 200", "body hello", "returned"]
+    assert runner.statistics().cancelled == 2
 
 
 async def test_added_while_the_barrier_stands() -> None:

@@ -412,6 +412,35 @@ async def test_record_enqueues_nothing() -> None:
     assert own.kept == []
 
 
+@pytest.mark.parametrize("task", [taskiq_job, taskiq_job.kicker(), celery_job, celery_job.s(), dramatiq_job, huey_job])
+async def test_durable_in_this_process_is_refused(task: Any) -> None:
+    """G11: durable is refused for an engine whose broker keeps its jobs in this process; in a test kit it is not."""
+    refused: list[str] = []
+
+    def add(tasks: DeferredTasks) -> None:
+        with pytest.raises(TypeError, match=r"keeps it in this process\. Give the task a backend that stores"):
+            tasks.options(durable=True).add_task(task, 1)
+        refused.append("refused")
+
+    assert await serve(add) == AFTER
+    assert refused == ["refused"]
+    with record() as tasks:
+        assert await serve(lambda tasks: tasks.options(durable=True).add_task(task, 1)) == AFTER
+    assert [task.durable for task in tasks] == [True]
+    with inline(raise_errors=True):
+        await serve(lambda tasks: tasks.options(durable=True).add_task(task, 1))
+    assert ran == [(1, 0)]
+
+
+async def test_durable_with_a_backend_that_stores() -> None:
+    """Durable is accepted for an engine that has a broker of its own."""
+    stored: Any = celery.Celery("stored", broker="redis://127.0.0.1:1", set_as_current=False).task(name="stored")(job)
+    with record() as tasks:
+        await serve(lambda tasks: tasks.options(durable=True).add_task(stored, 1))
+        await serve(lambda tasks: tasks.options(durable=True).add_task(streaq_job, 1))
+    assert [task.durable for task in tasks] == [True, True]
+
+
 def test_no_engine_is_imported() -> None:
     """G12: recognition imports no engine, whatever is added."""
     code = """
