@@ -99,11 +99,8 @@ class Waiters:
         self._wakes.pop(wake, None)
 
     def wake(self) -> None:
-        while self._wakes:
-            try:
-                wake, _ = self._wakes.popitem()
-            except KeyError:  # another thread was faster
-                return
+        for wake in self._wakes.copy():
+            self._wakes.pop(wake, None)
             wake()
 
 

@@ -85,9 +85,12 @@ class TaskConnections:
         await self._sensitive.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
-        if self._thread.used:
-            await shield(wrap_future(self._thread.submit(connections.close_all)))
-        await self._sensitive.__aexit__(None, None, None)
+        try:
+            if self._thread.used:
+                await shield(wrap_future(self._thread.submit(connections.close_all)))
+        finally:
+            self._thread.shutdown()
+            await self._sensitive.__aexit__(None, None, None)
 
 
 class DeferredMiddleware(_DeferredMiddleware):

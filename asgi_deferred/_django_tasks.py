@@ -242,8 +242,7 @@ class DeferredBackend(ImmediateBackend):
             task_finished.send(type(self), task_result=result)
 
     async def _run_async(self, result: TaskResult[..., Any]) -> None:
-        if not self._start(result):
-            return
+        self._start(result)
         try:
             await task_started.asend(type(self), task_result=result)
             value = await result.task.func(*_arguments(result), **result.kwargs)
@@ -356,7 +355,7 @@ def _end_unrun(event: TaskEvent) -> None:
     backend = event.task.func.__self__  # type: ignore[attr-defined]
     if not backend._finish(result, error):
         return
-    send = partial(copy_context().run, task_finished.send_robust, type(backend), task_result=result)
+    send = partial(copy_context().run, partial(task_finished.send_robust, type(backend), task_result=result))
     if running_loop() is None:
         send()
     else:  # receivers use the database, which Django allows in no event loop; Python waits for this thread at exit

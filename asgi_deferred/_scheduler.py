@@ -124,7 +124,7 @@ class Scheduler:
             check_durable(task)
         account.prune(tasks)
         limit = self.settings.max_pending if self.settings.overflow == "reject" else inf
-        rival = None
+        rival: Any = None
         while True:  # until nobody has taken the key meanwhile
             if task._hash is None:
                 answer, replaced = account.accept(task, limit, None, ())
@@ -145,8 +145,9 @@ class Scheduler:
             )
         if answer is Answer.COMPLETE:
             raise _nothing_to_hold_back(task)
-        if replaced and rival is not None:
-            self._report_outside(rival)
+        if replaced:
+            context: Any = rival._context
+            context.copy().run(self.report_end, rival)
         if answer is Answer.DUE:
             account.push(account.due, task if tasks._apart else tasks)
             if not tasks._home.loop.call_soon(self.pump):  # it is gone
@@ -386,11 +387,6 @@ class Scheduler:
             self.report_end(task)
         return closed is not Closed.LOST
 
-    def _report_outside(self, task: DeferredTask) -> None:
-        context = task._context
-        if context is not None:
-            context.copy().run(self.report_end, task)
-
     def report_end(self, task: DeferredTask) -> None:
         """Report a task's end, settle it, and let go of what it needed to run."""
         report(task, task.state, self.settings.observers)
@@ -435,5 +431,5 @@ def _after_fork() -> None:
         scheduler.reset()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(after_in_child=_after_fork)

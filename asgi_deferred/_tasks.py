@@ -225,7 +225,7 @@ class DeferredTasks(Line):
     _error: BaseException | None = None
     _outcome: Outcome | None = None
     _request = ""
-    _scope: Mapping[str, Any] | None = None  # while the request is under way
+    _scope: Mapping[str, Any] = _NOT_STARTED  # while the request is under way
     _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
 
     def __init__(self, host: Host, kind: Any) -> None:
@@ -309,12 +309,11 @@ class DeferredTasks(Line):
         """Keep which request it was and how it ended, and no header and no message of it."""
         self._name_request()
         self._outcome = self._make_outcome(self._start)
-        self._start, self._scope = _NOT_STARTED, None
+        self._start = self._scope = _NOT_STARTED
 
     def _name_request(self) -> None:
         scope = self._scope
-        if scope is not None:
-            self._request = f"{scope.get('method', self._type)} {scope.get('path', '')}"
+        self._request = self._request or f"{scope.get('method', self._type)} {scope.get('path', '')}"
 
     def _forget_error(self) -> None:
         """Keep that the request failed, and not the frames in which it did."""

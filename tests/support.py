@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from types import coroutine
 from typing import Any
 
@@ -117,7 +118,7 @@ def task_list(runner: Runner | None = None) -> DeferredTasks:
     """Return the list of a request that is under way."""
     lists: list[DeferredTasks] = []
     call: Any = DeferredMiddleware(responder(lists.append), runner)(http_scope(), no_more_messages, _never)
-    call.send(None)
+    copy_context().run(call.send, None)
     _calls.append(call)
     return lists[0]
 

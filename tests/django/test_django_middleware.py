@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from threading import Event, get_ident
+from threading import Event, Thread, current_thread, get_ident
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from django.db import connection, connections
 from django.test import override_settings
 
 from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_tasks, defer
+from asgi_deferred._django import OneThread
 
 from . import dj
 from .djproject import views
@@ -263,6 +264,32 @@ def test_a_stuck_thread_does_not_hold_the_process() -> None:
     """G8: an async task that hangs in `sync_to_async` holds neither the drain nor, at its end, the process."""
     result = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.returncode) == ("1\n", 0), result.stderr
+
+
+async def test_threads_end_with_their_tasks() -> None:
+    """G6: the thread that an async task had for its sync parts ends with it, and so does one that was stuck."""
+    threads: list[Thread] = []
+    runner = Runner()
+    dj.wrapped(runner)
+    async with runner:
+        for _ in range(3):
+            defer(sync_to_async(lambda: threads.append(current_thread())))
+    for thread in threads:
+        thread.join(30)
+    assert len({*threads}) == 3
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_what_was_cancelled_before_its_turn_in_a_thread() -> None:
+    """G3: what is cancelled while it waits for a task's own thread is not run there, and the thread goes on."""
+    executor, log, go = OneThread(), list[str](), Event()
+    first = executor.submit(go.wait)
+    second = executor.submit(log.append, "cancelled")
+    third = executor.submit(log.append, "third")
+    assert second.cancel()
+    go.set()
+    executor.shutdown()
+    assert (first.result(30), third.result(30), log) == (True, None, ["third"])
 
 
 async def test_what_a_thread_raises_comes_out() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from asyncio import all_tasks
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from anyio import Event, fail_after, sleep_forever
+from anyio import fail_after, get_cancelled_exc_class, sleep, sleep_forever
 
 import django
 
@@ -33,6 +34,7 @@ from django.utils import timezone
 from asgi_deferred import BacklogFull, Runner, TaskEvent, TaskState, current_tasks, defer
 from asgi_deferred import DeferredMiddleware as CoreMiddleware
 from asgi_deferred import _django_tasks as module
+from asgi_deferred import _drains as drains
 
 from .djproject import jobs, views
 from .djproject.journal import journal
@@ -253,6 +255,17 @@ async def test_abandoned() -> None:
     assert runner.statistics().abandoned == 2
 
 
+def after_enqueued(signals: list[str]) -> list[str]:
+    """Leave out what an `aenqueue()` outside of a request sends while its task may run already."""
+    return [signal for signal in signals if "enqueued" not in signal]
+
+
+async def until(met: Callable[[], bool]) -> None:
+    with fail_after(30):
+        while not met():
+            await sleep(0.001)
+
+
 released = threading.Event()
 
 
@@ -265,7 +278,6 @@ def outlives(error: bool) -> int:
 @pytest.mark.parametrize("error", [False, True])
 async def test_timed_out(error: bool) -> None:
     """G2: a task whose thread goes on after its timeout ends once, FAILED."""
-    ended = Event()
     seen: list[TaskState] = []
 
     def observe(event: TaskEvent) -> None:
@@ -278,17 +290,14 @@ async def test_timed_out(error: bool) -> None:
 
     def receive(task_result: TaskResult[..., Any], **_: object) -> None:
         finished.append(task_result)
-        ended.set()
 
     task_finished.connect(receive)
     try:
         async with runner:
             result = outlives.enqueue(error)
-            with fail_after(30):
-                await ended.wait()
+            await until(lambda: bool(finished))
             released.set()
-            while runner._scheduler.account.threads != runner.max_threads:
-                await sync_to_async(threading.Event().wait)(0.001)
+            await until(lambda: runner._scheduler.account.threads == runner.max_threads)
     finally:
         task_finished.disconnect(receive)
     result.refresh()
@@ -304,7 +313,7 @@ async def hangs_async() -> None:
 
 @task
 def never_starts() -> None:
-    raise AssertionError
+    raise AssertionError  # pragma: no cover
 
 
 @pytest.mark.parametrize("kind", ["sync", "async", "around"])
@@ -324,16 +333,58 @@ async def test_timed_out_finishes_once(kind: str, signals: list[str]) -> None:
         result = await job.aenqueue(*([False] if kind == "sync" else []))
         await runner.wait_idle()
         released.set()
-        while runner._scheduler.account.threads != runner.max_threads:
-            await sync_to_async(threading.Event().wait)(0.001)
+        await until(lambda: runner._scheduler.account.threads == runner.max_threads)
     result.refresh()
     assert result.status == FAILED
     started = [] if kind == "around" else ["DeferredBackend started RUNNING"]
-    with fail_after(30):
-        while len(signals) < 2 + len(started):  # a thread may be sending it
-            await sync_to_async(threading.Event().wait)(0.001)
-    assert signals[1:] == [*started, "DeferredBackend finished FAILED"]
+    await until(lambda: len(signals) == 2 + len(started))  # a thread may be sending it
+    assert after_enqueued(signals) == [*started, "DeferredBackend finished FAILED"]
     assert runner.statistics().timed_out == 1
+
+
+async def test_timed_out_just_before_it_starts(signals: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """G2: a task whose time is over between its `around` and its function does not start, and finishes once."""
+    runner = Runner(timeout=0.05)
+    dj.wrapped(runner)
+    now = timezone.now
+
+    def late() -> Any:
+        if threading.current_thread().name == "asgi-deferred":
+            while not runner.statistics().timed_out:
+                threading.Event().wait(0.001)
+        return now()
+
+    monkeypatch.setattr(timezone, "now", late)
+    async with runner:
+        await never_starts.aenqueue()
+        await runner.wait_idle()
+        await until(lambda: len(signals) == 2)
+        await until(lambda: runner._scheduler.account.threads == runner.max_threads)
+    assert after_enqueued(signals) == ["DeferredBackend finished FAILED"]
+
+
+@task
+async def swallows(error: bool) -> int:
+    with suppress(get_cancelled_exc_class()):
+        await sleep_forever()
+    while not released.is_set():
+        await sleep(0.001)
+    return 1 // (not error)
+
+
+@pytest.mark.parametrize("error", [False, True])
+async def test_ends_after_it_was_given_up(error: bool, signals: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """G2: an async task that swallows its cancellation at shutdown is FAILED then, and not once more when it ends."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    released.clear()
+    runner = Runner(drain_timeout=0.05)
+    dj.wrapped(runner)
+    async with runner:
+        await swallows.aenqueue(error)
+    await until(lambda: len(signals) == 3)
+    released.set()
+    await until(lambda: not any(task.get_name() == swallows.module_path for task in all_tasks()))
+    assert after_enqueued(signals) == ["DeferredBackend started RUNNING", "DeferredBackend finished FAILED"]
 
 
 @pytest.mark.parametrize("name", ["default", "careful"])

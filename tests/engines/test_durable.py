@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -473,6 +474,14 @@ async def test_durable_where_there_is_no_response_to_hold_back() -> None:
             current_tasks().options(durable=True).add_task(Engine(log), "1")
     assert log == ["start 200", "body hello", "returned", "returned"]
     assert runner.statistics().accepted == 0
+
+
+async def test_a_barrier_without_a_time_limit() -> None:
+    """With `enqueue_timeout=math.inf` a sync engine may take as long as it likes."""
+    log = Wire()
+    add: Any = lambda tasks: tasks.options(durable=True).add_task(BlockingEngine(log), "1")  # noqa: E731
+    await call(responder(add), log, Runner(enqueue_timeout=math.inf))
+    assert log == ["stored 1", "start 200", "body hello", "returned"]
 
 
 async def test_cancelled_as_the_barrier_comes_to_it() -> None:
