@@ -123,7 +123,7 @@ class Scheduler:
         if task.durable:
             check_durable(task)
         account.prune(tasks)
-        limit = self.settings.max_pending if self.settings.overflow == "reject" else inf
+        limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else inf
         rival: Any = None
         while True:  # until nobody has taken the key meanwhile
             if task._hash is None:

@@ -227,6 +227,8 @@ class DeferredTasks(Line):
     _request = ""
     _scope: Mapping[str, Any] = _NOT_STARTED  # while the request is under way
     _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
+    _unbounded = False  # no limit refuses its tasks: its response has gone out, and promised them
+    _then: Callable[[], object] | None = None  # called once, when the request and all of its tasks have ended
 
     def __init__(self, host: Host, kind: Any) -> None:
         self._host = host
@@ -316,7 +318,10 @@ class DeferredTasks(Line):
         self._request = self._request or f"{scope.get('method', self._type)} {scope.get('path', '')}"
 
     def _forget_error(self) -> None:
-        """Keep that the request failed, and not the frames in which it did."""
+        """All has ended: say so, and keep that the request failed, and not the frames in which it did."""
+        if self._then is not None:
+            then, self._then = self._then, None
+            then()
         if self._error is not None:
             outcome = self.outcome
             self._error = None

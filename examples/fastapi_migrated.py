@@ -1,6 +1,6 @@
 """A FastAPI app that uses BackgroundTasks, moved over: `uvicorn examples.fastapi_migrated:app`.
 
-Installing the middleware and setting the route class is all there is to it. No endpoint was changed.
+Installing the middleware is all there is to it, also for an application of many routers and mounts.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import logging
 from fastapi import BackgroundTasks, FastAPI, Response
 from starlette.background import BackgroundTask
 
-from asgi_deferred import DeferredMiddleware
-from asgi_deferred.fastapi import DeferredRoute
+from asgi_deferred.fastapi import DeferredMiddleware
 
 logger = logging.getLogger(__name__)
 
 app = FastAPI()
 app.add_middleware(DeferredMiddleware)
-app.router.route_class = DeferredRoute  # before the first endpoint
 
 
 def write_log(message: str) -> None:

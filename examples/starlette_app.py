@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from asgi_deferred import DeferredMiddleware, tasks_from
-from asgi_deferred.starlette import DeferredRoute
+from asgi_deferred import tasks_from
+from asgi_deferred.starlette import DeferredMiddleware
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ async def create(request: Request) -> JSONResponse:
 
 
 async def create_as_before(request: Request) -> JSONResponse:
-    order = request.path_params["order"]  # code that knows nothing of us: its route moves `background` over
+    order = request.path_params["order"]  # code that knows nothing of us: the middleware moves `background` over
     return JSONResponse({"order": order}, background=BackgroundTask(notify, order))
 
 
 new = Route("/new/{order}", create, methods=["POST"])
-old = DeferredRoute("/old/{order}", create_as_before, methods=["POST"])
+old = Route("/old/{order}", create_as_before, methods=["POST"])
 app = Starlette(routes=[new, old], middleware=[Middleware(DeferredMiddleware)])

@@ -1,0 +1,317 @@
+"""Starlette's and FastAPI's own background tasks, run by the runner.
+
+1. A background task is moved when a response calls it, in a request that went through a `Moving` and is under way.
+   Anybody else who calls it runs it as ever: an endpoint, a subclass's `super().__call__()`, a deferred task.
+2. Held: the response waits for its tasks, one after the other, each batch in a list of its own that has ended
+   already. So they run before the teardown of dependencies, with uploads and sessions open.
+3. Detached: they are added to the request's list.
+4. What was made for a request and neither ran nor was moved is named in a WARNING when the call ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextvars import Context, ContextVar, copy_context
+from functools import cache, partial, wraps
+from inspect import isclass, unwrap
+from itertools import takewhile
+from logging import WARNING
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
+
+from anyio import get_cancelled_exc_class, move_on_after
+from starlette.background import BackgroundTask, BackgroundTasks
+
+from ._account import TaskState, Waiters
+from ._engines import recognise
+from ._functions import name_of, unwrap_partial
+from ._loops import running_loop
+from ._middleware import ASGIApp
+from ._reports import write
+from ._runner import Runner
+from ._scheduler import inside
+from ._tasks import KEY, DeferredTasks, Options
+from ._waiting import outlast, until
+
+_ORIGIN = "_asgi_deferred"
+_MAKERS = ("__init__", "make_and_note", "add_task", "add_and_move")
+_PLAIN = ("starlette.background", "fastapi.background")
+
+moving: ContextVar[Request | None] = ContextVar("asgi_deferred_moving", default=None)
+
+
+class Place(NamedTuple):
+    """A line of code, as much as a task asks of the frame that added it."""
+
+    f_code: CodeType
+    f_lineno: int
+
+
+class Origin(NamedTuple):
+    """Where a background task was made; in a worker thread, also in which context."""
+
+    place: Place
+    context: Context | None
+
+
+class Moving:
+    """The application as the middleware sees it: each request in it has its background tasks moved."""
+
+    def __init__(self, app: ASGIApp, *, detached: bool) -> None:
+        self.app = app
+        self.detached = detached
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        tasks, outer = scope.get(KEY), moving.get()
+        if scope["type"] == "lifespan" or not isinstance(tasks, DeferredTasks) or (outer and outer.tasks is tasks):
+            await self.app(scope, receive, send)
+            return
+        request = Request(tasks, scope, detached=self.detached)
+        token = moving.set(request)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            moving.reset(token)
+            request.end()
+
+
+class Held(DeferredTasks):
+    """Tasks that a response waits for."""
+
+    @property
+    def outcome(self) -> None:
+        """Their request has not ended."""
+
+
+class Request:
+    """A request whose background tasks are moved."""
+
+    __slots__ = ("detached", "made", "moved", "over", "scope", "tasks")
+
+    def __init__(self, tasks: DeferredTasks, scope: Any, *, detached: bool) -> None:
+        self.tasks = tasks
+        self.scope = scope
+        self.detached = detached
+        self.over = False
+        self.made: list[BackgroundTasks] = []
+        self.moved: WeakSet[BackgroundTasks] = WeakSet()  # what is added to these goes to the list as well
+
+    def end(self) -> None:
+        """Name what nobody ran; hold nothing of the request, as its tasks lead here by their contexts."""
+        self.over = True
+        self.tasks._name_request()
+        for background in self.made:
+            for each in background.tasks:
+                if origin := origin_of(each):
+                    write(
+                        WARNING,
+                        "Never ran: background task %a, added at %s:%s, request %a. As without asgi-deferred, it is "
+                        "dropped if the endpoint raises, or if it was added after the response. "
+                        "A task of `Deferred` or `tasks_from(request)` has when=... for that.",
+                        name_of(each.func),
+                        origin.place.f_code.co_filename,
+                        origin.place.f_lineno,
+                        self.tasks._request,
+                    )
+        self.made.clear()
+        self.scope = {}
+
+    async def run(self, background: BackgroundTask, caller: Place) -> None:
+        """Run what a response called, and before and after it what was injected and is of no response."""
+        if self.detached:
+            self.moved.update(self._injected())
+        await self._run_dropped(background, caller)
+        await self._run_all(background, caller)
+        await self._run_dropped(background, caller)
+
+    async def _run_dropped(self, background: BackgroundTask, caller: Place) -> None:
+        """Run what FastAPI drops as the endpoint's response has a background of its own."""
+        if sys.exc_info()[0] is None:  # else it is the response of an exception handler, and the endpoint's are dropped
+            for each in self._injected():
+                if each is not background:
+                    await self._move([*filter(origin_of, each.tasks)], caller)
+
+    def _injected(self) -> list[BackgroundTasks]:
+        return [each for each in self.made if type(each).__module__ == "fastapi.background"]
+
+    async def _run_all(self, background: Any, caller: Place) -> None:
+        if not _is_container(background):
+            await self._move([background], caller)
+            return
+        self.moved.add(background)
+        position = 0
+        while position < len(background.tasks):
+            batch = [*takewhile(lambda each: not _is_container(each), background.tasks[position:])]
+            if batch:
+                position += len(batch)
+                await self._move(batch, caller)
+            else:
+                position += 1
+                await self._run_all(background.tasks[position - 1], caller)
+
+    async def _move(self, batch: list[Any], caller: Place) -> None:
+        if self.detached:
+            self.tasks._unbounded = True
+            for each in batch:
+                self.add(self.tasks, each, caller)
+        elif batch:
+            await self._hold(batch, caller)
+
+    async def _hold(self, batch: list[Any], caller: Place) -> None:
+        tasks, waiters = self.tasks, Waiters()
+        tasks._name_request()
+        held = Held(tasks._host, tasks._type)
+        held._request, held._then, held._unbounded = tasks._request, waiters.wake, True
+        for each in batch:
+            self.add(held, each, caller)
+        batch.clear()
+        runner = cast("Runner", tasks._host.settings)
+        wait = partial(until, waiters, lambda: not held._unsettled)
+        cancelled = get_cancelled_exc_class()
+        try:
+            if (waiting := runner._end(held)) is not None:
+                await waiting
+            await wait()
+        except cancelled:
+
+            async def wait_no_longer() -> None:
+                with move_on_after(runner.drain_timeout):
+                    await wait()
+
+            await outlast(wait_no_longer)
+            raise
+
+    def add(self, tasks: DeferredTasks, each: Any, caller: Place | None = None) -> None:
+        """Add a background task to a list, as the line that made it would, or as its endpoint."""
+        func, args, kwargs = call_of(each)
+        name = None
+        if not _runs_as_it_is(func):
+            func, name = partial(_call, func), name_of(func)
+        place, context = origin_of(each, forget=True) or (self._endpoint() or caller, None)
+        add = partial(tasks._add, func, args, kwargs, Options(when="always", name=name), cast("FrameType", place))
+        if context is None:
+            add()
+        else:
+            context.run(add)
+
+    def _endpoint(self) -> Place | None:
+        endpoint = unwrap(unwrap_partial(self.scope.get("endpoint")))
+        if isclass(endpoint):
+            endpoint = getattr(endpoint, self.scope["method"].lower(), None)
+        code: CodeType | None = getattr(endpoint, "__code__", None)
+        return code and Place(code, code.co_firstlineno)
+
+
+def _is_plain(background: Any) -> bool:
+    return isinstance(background, BackgroundTask) and type(background).__call__.__module__ in _PLAIN
+
+
+def _is_container(background: Any) -> bool:
+    return isinstance(background, BackgroundTasks) and _is_plain(background)
+
+
+def call_of(each: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What there is to be called: the function, or a subclass with a call of its own as a whole."""
+    return (each.func, each.args, each.kwargs) if _is_plain(each) else (each, (), {})
+
+
+def _runs_as_it_is(func: Any) -> bool:
+    """Whether a list would call this: an engine's task would be enqueued, but Starlette calls it."""
+    try:
+        return type(func) is FunctionType or (recognise(func) is None and callable(func))
+    except TypeError:
+        return False
+
+
+def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def origin_of(each: Any, *, forget: bool = False) -> Origin | None:
+    """Where a background task was made, unless it has been run, or was made outside of any request."""
+    if not isinstance(each, BackgroundTask):
+        return None
+    origin: Origin | None = vars(each).pop(_ORIGIN, None) if forget else vars(each).get(_ORIGIN)
+    return origin
+
+
+def _line_that_made() -> Place:
+    """The line outside of `add_task` and of all that background tasks do to be made."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_name in _MAKERS and isinstance(frame.f_locals.get("self"), BackgroundTask):
+        frame = frame.f_back
+    return Place(frame.f_code, frame.f_lineno)
+
+
+def _calling_response(background: BackgroundTask) -> Place | None:
+    """The line that calls a background task, if it is that of a response: of an object that has it as `background`."""
+    frame = sys._getframe(2)
+    if getattr(frame.f_locals.get("self"), "background", None) is background:
+        return Place(frame.f_code, frame.f_lineno)
+    return None
+
+
+@cache
+def install() -> None:
+    """Replace what makes and calls background tasks; once for each process. Without a `Moving` nothing changes."""
+    make, make_many, add_task = BackgroundTask.__init__, BackgroundTasks.__init__, BackgroundTasks.add_task
+
+    @wraps(make)
+    def make_and_note(self: BackgroundTask, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if moving.get() is not None:
+            context = copy_context() if running_loop() is None else None
+            vars(self)[_ORIGIN] = Origin(_line_that_made(), context)
+
+    @wraps(make_many)
+    def make_many_and_note(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
+        make_many(self, *args, **kwargs)
+        request = moving.get()
+        if request is not None and not request.over:
+            request.made.append(self)
+
+    @wraps(add_task)
+    def add_and_move(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
+        add_task(self, *args, **kwargs)
+        request = moving.get()
+        if request is not None and request.detached and self in request.moved:
+            request.add(request.tasks, self.tasks[-1])
+
+    def init_subclass(cls: Any, **kwargs: Any) -> None:
+        super(BackgroundTask, cls).__init_subclass__(**kwargs)
+        _replace_calls(cls)
+
+    replaced: list[tuple[type, str, Any]] = [
+        (BackgroundTask, "__init__", make_and_note),
+        (BackgroundTask, "__init_subclass__", classmethod(cast("Any", init_subclass))),
+        (BackgroundTasks, "__init__", make_many_and_note),
+        (BackgroundTasks, "add_task", add_and_move),
+    ]
+    for cls, name, value in replaced:
+        setattr(cls, name, value)
+    _replace_calls(BackgroundTask)
+
+
+def _replace_calls(cls: type[BackgroundTask]) -> None:
+    call = vars(cls).get("__call__")
+    if isinstance(call, FunctionType) and not hasattr(call, _ORIGIN):
+        setattr(cls, "__call__", _moving(call))  # noqa: B010 - type checkers do not let a method be replaced
+    for each in cls.__subclasses__():
+        _replace_calls(each)
+
+
+def _moving(call: Callable[..., Any]) -> Any:
+    @wraps(call)
+    async def __call__(self: BackgroundTask, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        request, task = moving.get(), inside.get()
+        if request is not None and not request.over and (task is None or task.state is not TaskState.RUNNING):
+            caller = _calling_response(self)
+            if caller is not None:
+                return await request.run(self, caller)
+        origin_of(self, forget=True)
+        return await call(self, *args, **kwargs)
+
+    setattr(__call__, _ORIGIN, True)
+    return __call__
