@@ -5,41 +5,52 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import anyio
 import pytest
 from anyio.lowlevel import EventLoopToken, current_token
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi import __version__ as fastapi_version
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask
 from starlette.background import BackgroundTasks as StarletteBackgroundTasks
-from starlette.middleware.base import BaseHTTPMiddleware
 
-from asgi_deferred import DeferredMiddleware, DeferredTasks, MiddlewareMissing, Runner, defer
-from asgi_deferred.fastapi import Deferred, DeferredRoute
+from asgi_deferred import DeferredTasks, MiddlewareMissing, Runner
+from asgi_deferred.fastapi import Deferred, DeferredMiddleware
 from asgi_deferred.testing import record
 
 from .clients import OpenClient, async_client, open_client
-from .support import Log, assert_conserved, states
+from .support import Log, assert_conserved
 
 __all__ = ["open_client"]
 
 request_id: ContextVar[str] = ContextVar("request_id")
 
 
-def make_app(runner: Runner | None = None, route_class: type[APIRoute] = DeferredRoute, **options: Any) -> FastAPI:
+both = pytest.mark.parametrize("detached", [False, True])
+
+
+def make_app(runner: Runner | None = None, *, detached: bool = False, **options: Any) -> FastAPI:
     app = FastAPI(**options)
-    app.add_middleware(DeferredMiddleware, runner=runner)
-    app.router.route_class = route_class
+    app.add_middleware(DeferredMiddleware, runner=runner, detached=detached)
     return app
 
 
 def fail() -> None:
     raise ValueError("task")
+
+
+def _stack_outlives_response() -> bool:
+    """Whether this FastAPI tears dependencies down after the response, and so after its background tasks."""
+    version = tuple(int(each) for each in fastapi_version.split(".")[:2])
+    return version >= (0, 118)
+
+
+STACK_OUTLIVES_RESPONSE = _stack_outlives_response()
 
 
 def line_of(function: Callable[..., Any], offset: int) -> str:
@@ -49,8 +60,7 @@ def line_of(function: Callable[..., Any], offset: int) -> str:
 # Deferred
 
 
-@pytest.mark.parametrize("route_class", [APIRoute, DeferredRoute])
-def test_deferred_everywhere_in_a_request(open_client: OpenClient, route_class: type[APIRoute]) -> None:
+def test_deferred_everywhere_in_a_request(open_client: OpenClient) -> None:
     """G4: endpoints, nested dependencies and `yield` dependencies on both sides share one list, sync and async."""
     log = Log()
     lists: list[DeferredTasks] = []
@@ -67,7 +77,7 @@ def test_deferred_everywhere_in_a_request(open_client: OpenClient, route_class: 
         yield inner
         deferred.add_task(log.note_sync, "outer, after yield")
 
-    app = make_app(route_class=route_class)
+    app = make_app()
 
     @app.get("/async")
     async def async_endpoint(deferred: Deferred, outer: str = Depends(outer)) -> str:
@@ -118,9 +128,9 @@ def test_deferred_in_a_websocket(open_client: OpenClient) -> None:
 
 
 def test_invisible_in_openapi() -> None:
-    """Neither `Deferred` nor `DeferredRoute` changes a word of an application's OpenAPI."""
+    """`Deferred` does not change a word of an application's OpenAPI."""
 
-    def describe(route_class: type[APIRoute], *annotations: Any) -> Any:
+    def describe(*annotations: Any) -> Any:
         def dependency(q: str = "") -> None: ...
 
         def create(item: int, body: dict[str, int]) -> None: ...
@@ -130,72 +140,56 @@ def test_invisible_in_openapi() -> None:
         for function in functions:
             signature = inspect.signature(function, eval_str=True)
             function.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
-        app = make_app(route_class=route_class)
+        app = make_app()
         app.post("/items/{item}", dependencies=[Depends(dependency)])(create)
         return app.openapi()
 
-    plain = describe(APIRoute)
+    plain = describe()
     assert [each["name"] for each in plain["paths"]["/items/{item}"]["post"]["parameters"]] == ["item", "q"]
-    assert describe(APIRoute, Deferred) == plain
-    assert describe(DeferredRoute) == plain
-    assert describe(DeferredRoute, Deferred) == plain
-    assert describe(DeferredRoute, BackgroundTasks) == plain
+    assert describe(Deferred) == plain
 
 
 def test_task_sees_the_commit_of_a_dependency(open_client: OpenClient) -> None:
-    """G1: a task starts after the `yield` dependency has committed and closed its session."""
+    """G1: a task of `Deferred` starts after the `yield` dependency has committed, a background task before, as ever."""
     log = Log()
-    committed: list[str] = []
 
     def session() -> Iterator[list[str]]:
-        pending: list[str] = []
-        yield pending
-        committed.extend(pending)
+        yield []
         log.append("commit")
-
-    def task() -> None:
-        log.append(f"task sees {committed}")
 
     app = make_app()
 
     @app.post("/")
     def create(deferred: Deferred, background: BackgroundTasks, session: list[str] = Depends(session)) -> None:
-        session.append("user")
-        deferred.add_task(task)
-        background.add_task(task)
+        deferred.add_task(log.note_sync, "deferred")
+        background.add_task(log.note_sync, "background")
 
     with open_client(app) as client:
         assert client.post("/").status_code == 200
-    assert log == ["commit", "task sees ['user']", "task sees ['user']"]
+    if STACK_OUTLIVES_RESPONSE:
+        assert log == ["background", "commit", "deferred"]
+    else:
+        assert log == ["commit", "background", "deferred"]  # pragma: no cover
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("path", ["/deferred", "/background", "/neither"])
-async def test_middleware_missing(path: str) -> None:
-    """G11: without the middleware each request says so, instead of dropping what it deferred."""
+async def test_middleware_missing() -> None:
+    """G11: without the middleware a request says so, instead of dropping what it deferred."""
     app = FastAPI()
 
     @app.get("/deferred")
     async def deferred(deferred: Deferred) -> None: ...
 
-    app.router.route_class = DeferredRoute
-
-    @app.get("/background")
-    async def background(background: BackgroundTasks) -> None: ...
-
-    @app.get("/neither")
-    async def neither() -> None: ...
-
     async with async_client(app) as client:
         with pytest.raises(MiddlewareMissing, match=r"app\.add_middleware\(DeferredMiddleware\)"):
-            await client.get(path)
+            await client.get("/deferred")
 
 
-# DeferredRoute
+# BackgroundTasks
 
 
-def test_background_tasks_run_through_the_list(open_client: OpenClient) -> None:
-    """G4: `BackgroundTasks` and `Deferred` in one request, its dependencies and its response run in the order added."""
+def test_injected_everywhere(open_client: OpenClient) -> None:
+    """G4: tasks of dependencies on every level, an override and the endpoint run in the order added."""
     log, runner = Log(), Runner()
 
     async def included(background: BackgroundTasks) -> None:
@@ -206,38 +200,32 @@ def test_background_tasks_run_through_the_list(open_client: OpenClient) -> None:
     async def override(background: BackgroundTasks) -> None:
         background.add_task(log.note, "override")
 
-    def dependency(tasks: StarletteBackgroundTasks, deferred: Deferred) -> None:
+    def dependency(tasks: StarletteBackgroundTasks) -> None:
         tasks.add_task(log.note_sync, "dependency")
-        deferred.add_task(log.note, "dependency, deferred")
 
-    app = make_app(runner)
+    app = make_app(runner, dependencies=[Depends(included)])
     app.dependency_overrides[replaced] = override
-    router = APIRouter(route_class=DeferredRoute)
+    router, inner = APIRouter(dependencies=[Depends(replaced)]), APIRouter()
 
-    @router.get("/", dependencies=[Depends(replaced), Depends(dependency)])
-    def endpoint(background: BackgroundTasks, deferred: Deferred) -> Response:
+    @inner.get("/", dependencies=[Depends(dependency)])
+    def endpoint(background: BackgroundTasks) -> None:
         background.add_task(log.note, "endpoint")
-        deferred.add_task(log.note_sync, "endpoint, deferred")
         background.add_task(log.note_sync, entry="endpoint again")
-        own = StarletteBackgroundTasks([BackgroundTask(log.note, "own"), BackgroundTask(log.note_sync, "own, sync")])
-        return JSONResponse("hello", background=own)
 
-    app.include_router(router, prefix="/items", dependencies=[Depends(included)])
+    router.include_router(inner, prefix="/items")
+    app.include_router(router, prefix="/api")
     with open_client(app) as client:
-        assert client.get("/items/").json() == "hello"
-    assert log == [
-        "included router's dependency",
-        "override",
-        "dependency",
-        "dependency, deferred",
-        "endpoint",
-        "endpoint, deferred",
-        "endpoint again",
-        "own",
-        "own, sync",
-    ]
-    assert runner.statistics().succeeded == 9
+        assert client.get("/api/items/").json() is None
+        assert log == ["included router's dependency", "override", "dependency", "endpoint", "endpoint again"]
+    assert runner.statistics().succeeded == 5
     assert_conserved(runner)
+
+
+def _plain(log: Log) -> Callable[..., Any]:
+    async def endpoint(background: BackgroundTasks) -> None:
+        background.add_task(log.note, "task")
+
+    return endpoint
 
 
 def _overwritten(log: Log) -> Callable[..., Any]:
@@ -248,10 +236,29 @@ def _overwritten(log: Log) -> Callable[..., Any]:
     return endpoint
 
 
+def _overwritten_while_empty(log: Log) -> Callable[..., Any]:
+    async def endpoint(background: BackgroundTasks) -> Response:
+        async def add() -> None:
+            log.append("own")
+            background.add_task(log.note, "injected")
+
+        return JSONResponse(None, background=BackgroundTask(add))
+
+    return endpoint
+
+
 def _raised(log: Log) -> Callable[..., Any]:
     async def endpoint(background: BackgroundTasks) -> Response:
         background.add_task(log.note, "task")
         raise HTTPException(404)
+
+    return endpoint
+
+
+def _handled(log: Log) -> Callable[..., Any]:
+    async def endpoint(background: BackgroundTasks) -> Response:
+        background.add_task(log.note, "task")
+        raise KeyError
 
     return endpoint
 
@@ -298,11 +305,15 @@ def _returned_error(log: Log) -> Callable[..., Any]:
     return endpoint
 
 
+@both
 @pytest.mark.parametrize(
     ("make_endpoint", "status", "fastapi", "ours"),
     [
+        (_plain, 200, ["task"], ["task"]),
         (_overwritten, 200, ["own"], ["injected", "own"]),
-        (_raised, 404, [], ["task"]),
+        (_overwritten_while_empty, 200, ["own"], ["own", "injected"]),
+        (_raised, 404, [], []),
+        (_handled, 418, ["handler"], ["handler"]),
         (_one_fails, 200, [], ["after a failure"]),
         (_context, 200, ["lost"], ["kept"]),
         (_passed_on, 200, ["once"], ["once"]),
@@ -316,12 +327,17 @@ def test_differences_from_fastapi(
     status: int,
     fastapi: list[str],
     ours: list[str],
+    detached: bool,
 ) -> None:
-    """G11: what FastAPI drops is kept, and what it runs runs once, side by side with its own route."""
+    """G11: what FastAPI runs runs once, and what it drops for another background is kept, side by side with FastAPI."""
     transcripts = []
-    for route_class in APIRoute, DeferredRoute:
+    for app in FastAPI(), make_app(detached=detached):
         log = Log()
-        app = make_app(route_class=route_class)
+
+        async def handle(request: Request, exc: Exception, log: Log = log) -> Response:
+            return PlainTextResponse("handled", status_code=418, background=BackgroundTask(log.note, "handler"))
+
+        app.add_exception_handler(KeyError, handle)
         app.get("/", response_model=None)(make_endpoint(log))
         with open_client(app, raise_errors=False) as client:
             assert client.get("/").status_code == status
@@ -329,55 +345,61 @@ def test_differences_from_fastapi(
     assert transcripts == [fastapi, ours]
 
 
-def test_background_task_added_after_yield_runs(open_client: OpenClient) -> None:
-    """G11: tasks that a dependency adds after its `yield` run, also where it handles the endpoint's error."""
+@both
+@pytest.mark.skipif(not STACK_OUTLIVES_RESPONSE, reason="what FastAPI runs a dependency's teardown before")
+def test_added_after_yield(open_client: OpenClient, caplog: pytest.LogCaptureFixture, detached: bool) -> None:
+    """G11: a task that a dependency adds after its `yield` never runs, as in FastAPI, and a WARNING names it."""
     log = Log()
 
     def dependency(background: BackgroundTasks) -> Iterator[None]:
-        try:
-            yield
-        except HTTPException as exc:
-            background.add_task(log.note, f"after {exc.status_code}")
-            raise
-        background.add_task(log.note_sync, "after yield")
+        yield
+        background.tasks.append(BackgroundTask(log.note_sync, "after yield"))
 
-    app = make_app(dependencies=[Depends(dependency)])
-
-    @app.get("/ok")
-    async def ok(background: BackgroundTasks) -> None:
-        background.add_task(log.note, "endpoint")
-
-    @app.get("/missing")
-    async def missing(background: BackgroundTasks) -> None:
-        background.add_task(log.note, "endpoint")
-        raise HTTPException(404)
-
-    with open_client(app) as client:
-        assert [client.get(path).status_code for path in ("/ok", "/missing")] == [200, 404]
-    assert sorted(log) == ["after 404", "after yield", "endpoint", "endpoint"]
-
-
-@pytest.mark.parametrize("outside", [False, True])
-def test_unhandled_error(open_client: OpenClient, outside: bool) -> None:
-    """G2: after an unhandled error tasks run if the middleware, outside of Starlette's own, saw the 500 go out."""
-    log = Log()
-    runner = Runner(observers=[log])
-    app = FastAPI()
-    app.router.route_class = DeferredRoute
+    app = make_app(dependencies=[Depends(dependency)], detached=detached)
 
     @app.get("/")
-    async def endpoint(background: BackgroundTasks, deferred: Deferred) -> None:
-        background.add_task(log.note, "background")
-        deferred.options(when="failure").add_task(log.note, "failure")
-        raise RuntimeError
+    async def endpoint(background: BackgroundTasks) -> None:
+        background.add_task(log.note, "endpoint")
 
-    if not outside:
-        app.add_middleware(DeferredMiddleware, runner=runner)
-    with open_client(DeferredMiddleware(app, runner) if outside else app, raise_errors=False) as client:
-        assert client.get("/").status_code == 500
-    ran = ["Log.note RUNNING", "background", "Log.note SUCCEEDED"] if outside else ["Log.note SKIPPED"]
-    assert log == [*ran, "Log.note RUNNING", "failure", "Log.note SUCCEEDED"]
-    assert_conserved(runner)
+    with open_client(app) as client:
+        client.get("/")
+    assert log == ["endpoint"]
+    (entry,) = caplog.records
+    assert f"'Log.note_sync', added at {line_of(dependency, 2)}, request 'GET /'" in entry.getMessage()
+
+
+def test_added_after_yield_detached(open_client: OpenClient) -> None:
+    """G11: detached, a task that a dependency adds after its `yield` is added to the list as any other."""
+    log = Log()
+
+    def dependency(background: BackgroundTasks) -> Iterator[None]:
+        yield
+        background.add_task(log.note_sync, "after yield")
+
+    app = make_app(dependencies=[Depends(dependency)], detached=True)
+
+    @app.get("/")
+    async def endpoint(background: BackgroundTasks) -> None:
+        background.add_task(log.note, "endpoint")
+
+    with open_client(app) as client:
+        client.get("/")
+    assert sorted(log) == ["after yield", "endpoint"]
+
+
+def test_added_in_a_websocket(open_client: OpenClient, caplog: pytest.LogCaptureFixture) -> None:
+    """G11: what is added in a websocket never runs, as in FastAPI, and a WARNING names it."""
+    app = make_app()
+
+    @app.websocket("/")
+    async def endpoint(websocket: WebSocket, background: BackgroundTasks) -> None:
+        await websocket.accept()
+        background.add_task(fail)
+        await websocket.close()
+
+    with open_client(app) as client, client.websocket_connect("/") as websocket:
+        assert websocket.receive()["type"] == "websocket.close"
+    assert [f"'fail', added at {line_of(endpoint, 3)}" in each.getMessage() for each in caplog.records] == [True]
 
 
 def test_failure_is_logged_and_hides_nothing(open_client: OpenClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -402,55 +424,95 @@ def test_failure_is_logged_and_hides_nothing(open_client: OpenClient, caplog: py
     assert isinstance(entry.exc_info[1], HTTPException)
 
 
+class Tasks(BackgroundTasks):
+    """A project's own, with helpers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def add_task(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super().add_task(func, *args, **kwargs)
+
+
 @pytest.mark.anyio
 async def test_added_at_names_the_users_line() -> None:
-    """G3: a task says the line that added it, or, where that is not known, the endpoint it came from."""
+    """G3: a task says the line that added it, also through a subclass's own `add_task`."""
 
     async def included(background: BackgroundTasks) -> None:
         background.add_task(fail)
 
     app = make_app()
-    router = APIRouter(route_class=DeferredRoute, dependencies=[Depends(included)])
+    router = APIRouter(dependencies=[Depends(included)])
 
     @router.get("/")
     async def endpoint(background: BackgroundTasks) -> Response:
         background.add_task(fail)
-        return JSONResponse(None, background=BackgroundTask(fail))
+        own = Tasks()
+        own.add_task(fail)
+        own.tasks.append(BackgroundTask(fail))
+        return JSONResponse(None, background=own)
 
     app.include_router(router)
     with record() as tasks:
         async with async_client(app) as client:
             await client.get("/")
-    assert [task.added_at for task in tasks] == [line_of(included, 1), line_of(endpoint, 2), line_of(endpoint, 0)]
-    assert [task.when for task in tasks] == ["complete"] * 3
+    lines = [line_of(included, 1), *(line_of(endpoint, offset) for offset in (2, 4, 5))]
+    assert [task.added_at for task in tasks] == lines
+    assert [task.when for task in tasks] == ["always"] * 4
 
 
-@pytest.mark.anyio
-async def test_included_dependency_is_adopted() -> None:
-    """G11: tasks of an including router's dependency, added before ours could run, are kept and name the endpoint."""
+class Timed(APIRoute):
+    """A route class of the project's own."""
 
-    def included(background: BackgroundTasks) -> None:
-        background.add_task(fail)
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
 
-    app = make_app()
-    router = APIRouter(route_class=DeferredRoute)
+        async def timed(request: Request) -> Response:
+            response = await handle(request)
+            response.headers["x-timed"] = "yes"
+            return response
+
+        return timed
+
+
+class Framed(JSONResponse):
+    """A response class of the project's own, with a call of its own."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def finish() -> None:
+            assert self.background is not None
+            await self.background()
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
+        await finish()
+
+
+@both
+def test_custom_routes_and_responses(open_client: OpenClient, detached: bool) -> None:
+    """G11: custom route classes and response classes, also as the default, need no edit."""
+    log, runner = Log(), Runner()
+    app = make_app(runner, detached=detached)
+    router = APIRouter(route_class=Timed, default_response_class=Framed)
 
     @router.get("/")
-    def endpoint() -> None: ...
+    def endpoint(background: BackgroundTasks) -> str:
+        background.add_task(log.note_sync, "task")
+        return "hello"
 
-    app.include_router(router, dependencies=[Depends(included)])
-    with record() as tasks:
-        async with async_client(app) as client:
-            await client.get("/")
-    assert [task.func for task in tasks] == [fail]
-    assert tasks[0].added_at in (line_of(endpoint, 0), line_of(included, 1))
+    app.include_router(router)
+    with open_client(app) as client:
+        response = client.get("/")
+        assert (response.json(), response.headers["x-timed"]) == ("hello", "yes")
+    assert log == ["task"]
+    assert runner.statistics().succeeded == 1
 
 
-@pytest.mark.anyio
-async def test_streaming_endpoint() -> None:
+@both
+def test_streaming_endpoint(open_client: OpenClient, detached: bool) -> None:
     """G1: a task added while the body streams runs after the last of it."""
     log = Log()
-    app = make_app(runner := Runner(observers=[log]))
+    app = make_app(detached=detached)
 
     @app.get("/")
     async def endpoint(background: BackgroundTasks) -> StreamingResponse:
@@ -462,97 +524,9 @@ async def test_streaming_endpoint() -> None:
 
         return StreamingResponse(body())
 
-    async with async_client(app) as client:
-        assert (await client.get("/")).text == "ab"
-    assert log == ["streaming", "Log.note RUNNING", "task", "Log.note SUCCEEDED"]
-    assert_conserved(runner)
-
-
-@pytest.mark.anyio
-async def test_shared_response_keeps_nothing() -> None:
-    """G6: a response object that is sent many times collects no request's tasks, and runs its own each time."""
-    log = Log()
-    plain = JSONResponse(None)
-    own = JSONResponse(None, background=BackgroundTask(log.note, "own"))
-    app = make_app()
-
-    @app.get("/plain")
-    async def shared_plain(background: BackgroundTasks) -> Response:
-        background.add_task(log.note, "injected")
-        return plain
-
-    @app.get("/own")
-    async def shared_own() -> Response:
-        return own
-
-    async with async_client(app) as client:
-        for path in ("/plain", "/plain", "/own", "/own"):
-            await client.get(path)
-    assert sorted(log) == ["injected", "injected", "own", "own"]
-    assert plain.background is None
-
-
-@pytest.mark.anyio
-async def test_sync_tasks_leave_the_endpoints_threads_alone() -> None:
-    """G7: a sync endpoint answers while sync tasks hold as many threads as endpoints have."""
-    log, held = Log(), threading.Event()
-    app = make_app()
-
-    def hold() -> None:
-        held.wait()
-        log.append("task")
-
-    @app.get("/")
-    def endpoint(background: BackgroundTasks) -> str:
-        background.add_task(hold)
-        return "hello"
-
-    limiter = anyio.to_thread.current_default_thread_limiter()
-    before, limiter.total_tokens = limiter.total_tokens, 1
-    try:
-        async with async_client(app) as client:
-            for _ in range(2):
-                log.append((await client.get("/")).json())
-            held.set()
-    finally:
-        limiter.total_tokens = before
-    assert log == ["hello", "hello", "task", "task"]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("outside", [False, True])
-async def test_base_http_middleware_neither_blocks_nor_cancels(outside: bool) -> None:
-    """G6: with a BaseHTTPMiddleware on either side the client has its response before the tasks, and they all end."""
-    log, go = Log(), anyio.Event()
-
-    async def dispatch(request: Any, call_next: Any) -> Any:
-        response = await call_next(request)
-        log.append("dispatched")
-        return response
-
-    async def task() -> None:
-        await go.wait()
-        log.append("task")
-
-    app = FastAPI()
-    app.router.route_class = DeferredRoute
-    middlewares: list[tuple[Any, dict[str, Any]]] = [
-        (BaseHTTPMiddleware, {"dispatch": dispatch}),
-        (DeferredMiddleware, {}),
-    ]
-    for middleware, options in reversed(middlewares) if outside else middlewares:
-        app.add_middleware(middleware, **options)
-
-    @app.get("/")
-    async def endpoint(background: BackgroundTasks) -> str:
-        background.add_task(task)
-        return "hello"
-
-    async with async_client(app) as client:
-        for _ in range(2):
-            log.append((await client.get("/")).json())
-        go.set()
-    assert log == ["dispatched", "hello", "dispatched", "hello", "task", "task"]
+    with open_client(app) as client:
+        assert client.get("/").text == "ab"
+    assert log == ["streaming", "task"]
 
 
 @pytest.mark.anyio
@@ -574,22 +548,3 @@ async def test_thread_calls_back_into_the_event_loop() -> None:
     async with async_client(app) as client:
         await client.get("/")
     assert log == ["from the thread", "main thread: False"]
-
-
-@pytest.mark.anyio
-async def test_route_is_a_fastapi_route() -> None:
-    """`DeferredRoute` is as its base to all that looks at routes: paths, names, endpoints and dependencies."""
-    app = make_app()
-
-    @app.get("/items/{item}", name="item", dependencies=[Depends(lambda: defer(fail))])
-    async def endpoint(item: int) -> int:
-        return item
-
-    assert app.url_path_for("item", item="1") == "/items/1"
-    route = next(route for route in app.routes if isinstance(route, DeferredRoute))
-    assert route.endpoint is endpoint
-    with record() as tasks:
-        async with async_client(app) as client:
-            assert (await client.get("/items/2")).json() == 2
-            assert (await client.get("/items/x")).status_code == 422
-    assert states(tasks) == ["fail PENDING"] * 2

@@ -48,7 +48,18 @@ CORE = [
     "_lifespan",
     "_middleware",
 ]
-HOUSE = [*CORE, "testing", "engines", "_starlette", "_uploads", "starlette", "fastapi", "_django", "_django_tasks", "django"]
+HOUSE = [
+    *CORE,
+    "testing",
+    "engines",
+    "_starlette",
+    "_uploads",
+    "starlette",
+    "fastapi",
+    "_django",
+    "_django_tasks",
+    "django",
+]
 # What a neighbour's import may load of the below.
 LOADS = {
     "asgi_deferred.django": {"django", "sqlparse"},
