@@ -17,7 +17,7 @@ from functools import cache, partial, wraps
 from inspect import isclass, unwrap
 from itertools import takewhile
 from logging import WARNING
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, NoneType
 from typing import Any, NamedTuple, cast
 from weakref import WeakSet
 
@@ -54,6 +54,10 @@ class Origin(NamedTuple):
 
     place: Place
     context: Context | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be nothing in the copy that a cache makes of a response: no context can be pickled."""
+        return NoneType, ()
 
 
 class Moving:

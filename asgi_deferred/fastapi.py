@@ -14,8 +14,10 @@ from .starlette import DeferredMiddleware
 __all__ = ["Deferred", "DeferredMiddleware"]
 
 
+keep_uploads()
+
+
 async def _tasks(connection: HTTPConnection) -> DeferredTasks:
-    keep_uploads()
     return tasks_from(connection)
 
 

@@ -25,10 +25,8 @@ from asgi_deferred.fastapi import DeferredMiddleware
 
 from .support import assert_conserved
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(each) for each in fastapi_version.split(".")[:2]) < (0, 118),
-    reason="this FastAPI closes uploads and dependencies before its background tasks",
-)
+# Before that, FastAPI closes uploads and tears dependencies down ahead of its background tasks.
+OPEN = tuple(int(each) for each in fastapi_version.split(".")[:2]) >= (0, 118)
 
 
 class Session:
@@ -257,6 +255,8 @@ Check: TypeAlias = Callable[[TestClient, Shop], None]
 Backend: TypeAlias = Literal["asyncio", "trio"]
 
 CHECKS: list[Check] = [check for name, check in list(globals().items()) if name.startswith("check_")]
+if not OPEN:  # pragma: no cover
+    CHECKS = [check for check in CHECKS if check not in (check_avatar, check_rename, check_create)]
 MOVED: dict[Check, int] = {check_signup: 2, check_login: 0, check_send_back: 2}  # the others: one task each
 
 
@@ -288,6 +288,7 @@ def test_its_own_tests_pass(check: Check, with_lifespan: bool, backend: Backend,
     assert_conserved(runner)
 
 
+@pytest.mark.skipif(not OPEN, reason="this FastAPI closes uploads ahead of its background tasks")
 def test_detached_runs_all_of_it(open_all: Callable[[Any], TestClient]) -> None:
     """G11: detached, all of its endpoints' tasks run too, uploads are open, and a request-scoped session is not."""
     shop, runner = Shop(), Runner()

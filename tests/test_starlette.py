@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import gc
 import inspect
 import logging
 import os
+import pickle
 import sys
 import threading
 import weakref
@@ -120,12 +123,13 @@ def test_a_test_that_asserts_right_after_the_call(open_client: OpenClient) -> No
 
     async def outer(scope: Any, receive: Any, send: Any) -> None:
         await app(scope, receive, send)
-        log.append("call ended")
+        if scope["type"] == "http":
+            log.append("call ended")
 
     app = Starlette(routes=[Route("/", endpoint)])
-    with open_client(DeferredMiddleware(app, runner)) as client:
+    with open_client(DeferredMiddleware(outer, runner)) as client:
         assert client.get("/").json() == "hello"
-        assert log[:9] == [
+        assert log[:10] == [
             "Log.note RUNNING",
             "async",
             "Log.note SUCCEEDED",
@@ -135,8 +139,9 @@ def test_a_test_that_asserts_right_after_the_call(open_client: OpenClient) -> No
             "Log.note_sync RUNNING",
             "sync",
             "Log.note_sync SUCCEEDED",
+            "call ended",
         ]
-    assert log[9:] == ["Log.note RUNNING", "of the list", "Log.note SUCCEEDED"]
+    assert log[10:] == ["Log.note RUNNING", "of the list", "Log.note SUCCEEDED"]
     assert [(event.task.request, event.outcome) for event in log.events[:6]] == [("GET /", None)] * 6
     assert_conserved(runner)
 
@@ -583,6 +588,23 @@ async def test_elsewhere_nothing_changes() -> None:
     assert list(inspect.signature(BackgroundTask).parameters) == ["func", "args", "kwargs"]
 
 
+@pytest.mark.anyio
+async def test_a_response_is_copied_and_pickled() -> None:
+    """G10: a response whose background was made in a request can be copied and pickled, as a cache does."""
+    log: list[str] = []
+
+    def endpoint(request: Request) -> Response:
+        response = PlainTextResponse("hello", background=BackgroundTask(os.getpid))
+        for each in copy.copy(response), copy.deepcopy(response), pickle.loads(pickle.dumps(response)):
+            log.append(each.background.func.__name__)
+        return copy.deepcopy(response)
+
+    async with async_client(make_app(endpoint, runner := Runner())) as client:
+        assert (await client.get("/")).text == "hello"
+    assert log == ["getpid"] * 3
+    assert runner.statistics().succeeded == 1
+
+
 @both
 @pytest.mark.anyio
 async def test_shared_response_runs_its_background_each_time(detached: bool) -> None:
@@ -748,6 +770,33 @@ async def test_cancelled_call(caplog: pytest.LogCaptureFixture) -> None:
                 await anyio.wait_all_tasks_blocked()
                 go.set()
         assert log == ["task", "cancelled: True"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("times", [1, 2])
+async def test_cancelled_natively(anyio_backend: Any, times: int) -> None:
+    """G3, G10: a call whose native task is cancelled waits for its tasks as well, and is then cancelled."""
+    if anyio_backend[0] == "trio":
+        pytest.skip("trio has no such thing")
+    log = Log()
+    started, go = anyio.Event(), anyio.Event()
+
+    async def task() -> None:
+        started.set()
+        await go.wait()
+        log.append("task")
+
+    app = make_app(answer(partial(BackgroundTask, task)))
+    async with lifespan(app):
+        call = asyncio.create_task(app(http_scope(query_string=b""), no_more_messages, Log().send))
+        await started.wait()
+        for _ in range(times):
+            call.cancel()
+            await anyio.wait_all_tasks_blocked()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert log == ["task"]
 
 
 @pytest.mark.anyio
@@ -925,16 +974,15 @@ class EngineTask:
 
 
 @both
-def test_engines_task_is_called_as_before(open_client: OpenClient, detached: bool) -> None:
+@pytest.mark.parametrize("wrap", [lambda task: task, partial])
+def test_engines_task_is_called_as_before(open_client: OpenClient, detached: bool, wrap: Callable[[Any], Any]) -> None:
     """G10: an engine's task in a `BackgroundTask` is called, as Starlette does, and not enqueued."""
     log = Log()
-    with (
-        record() as tasks,
-        open_client(make_app(answer(lambda: BackgroundTask(EngineTask(log), "called")), detached=detached)) as client,
-    ):
+    app = make_app(answer(lambda: BackgroundTask(wrap(EngineTask(log)), "called")), detached=detached)
+    with record() as tasks, open_client(app) as client:
         client.get("/")
     assert [task.name for task in tasks] == ["EngineTask"]
-    with open_client(make_app(answer(lambda: BackgroundTask(EngineTask(log), "called")), detached=detached)) as client:
+    with open_client(app) as client:
         client.get("/")
     assert log == ["called"]
 
