@@ -595,7 +595,8 @@ async def test_a_response_is_copied_and_pickled() -> None:
 
     def endpoint(request: Request) -> Response:
         response = PlainTextResponse("hello", background=BackgroundTask(os.getpid))
-        for each in copy.copy(response), copy.deepcopy(response), pickle.loads(pickle.dumps(response)):
+        copies: list[Any] = [copy.copy(response), copy.deepcopy(response), pickle.loads(pickle.dumps(response))]
+        for each in copies:
             log.append(each.background.func.__name__)
         return copy.deepcopy(response)
 
