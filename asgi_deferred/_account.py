@@ -138,24 +138,24 @@ class Entry:
 
 
 class Line:
-    """What the account keeps of a task list. Most requests defer nothing, so that little is set on each."""
+    """What the account keeps of a task list. Most requests defer nothing: what they do without comes by `open`."""
 
     is_line = True
 
-    _all: list[Any]
+    _all: Any  # a list of tasks; None before `open`
     _loop: Any  # the native event loop of its request
+    _ended: bool  # the request has
+    _complete: bool  # the response is
+    _durable: bool  # it has durable tasks
 
-    _apart = False  # each task on its own, and not one after the other
-    _count = 0  # of `_all`
-    _position = 0  # before it no task is PENDING
-    _unsettled = 0
-    _active = False
-    _ended = False  # the request has
-    _complete = False  # the response is
-    _durable = False  # it has durable tasks
-    _home: Home | None = None
-    _keys: dict[int, tuple[Any, ...]] | None = None  # by a key's hash: the unsettled tasks that have it
-    _next: Any = None
+    _count: int  # of `_all`
+    _position: int  # before it no task is PENDING
+    _unsettled: int
+    _active: bool
+    _apart: bool  # each task on its own, and not one after the other
+    _next: Any
+    _home: Home | None
+    _keys: dict[int, tuple[Any, ...]] | None  # by a key's hash: the unsettled tasks that have it
 
 
 class Queue:
@@ -191,6 +191,17 @@ class Account:
         self.room = Waiters()
 
     # A task is accepted
+
+    def open(self, line: Line, *, apart: bool) -> None:
+        """Prepare a list for its first task, unless another thread was faster."""
+        tasks: list[Any] = []
+        with self.lock:
+            if line._all is None:
+                line._count = line._position = line._unsettled = 0
+                line._active = False
+                line._apart = apart
+                line._next = line._home = line._keys = None
+                line._all = tasks  # last, as it is looked at without the lock
 
     def accept(self, task: Any, limit: float, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
         """Enter a task, and close `rival`, the PENDING one of the same key; return also whether that was so.

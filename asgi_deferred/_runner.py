@@ -28,9 +28,11 @@ class Block:
 
     def __init__(self, runner: Runner) -> None:
         self.native = running_loop()
-        self.home = runner._scheduler.account.enter(self.native, Home(loop_of(self.native)))
-        self.tasks = DeferredTasks(runner._scheduler, "lifespan")
-        self.tasks._apart = self.tasks._complete = self.tasks._ended = True
+        scheduler = runner._scheduler
+        self.home = scheduler.account.enter(self.native, Home(loop_of(self.native)))
+        self.tasks = DeferredTasks(scheduler, {"type": "lifespan"})
+        scheduler.account.open(self.tasks, apart=True)
+        self.tasks._complete = self.tasks._ended = True
         self.tasks._home = self.home
         self.before = current.get()
 

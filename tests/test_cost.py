@@ -22,7 +22,7 @@ PYTHON_CALLS = [
     "DeferredMiddleware.__call__.<locals>.note_and_send",  # its body
 ]
 C_CALLS = {"_get_running_loop": 1, "copy": 1, "set": 1, "reset": 1}
-OBJECTS = 11  # the call, the list and its tasks, the copy of the scope, the context, the closure and its cells
+OBJECTS = 11  # the call, the list, the copy of the scope, the context, the closure and its cells
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
