@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -272,20 +272,24 @@ class Account:
 
     # Turns and places
 
-    def end(self, line: Line, home: Home) -> bool:
-        """Let a list's tasks run in `home`, and queue the list; return False if that is closed."""
+    def end(self, line: Line, home: Home) -> Sequence[Any] | None:
+        """Let a list's tasks run in `home`, and queue the list; return None if that is closed.
+
+        Tasks that run apart are returned, for the caller to queue. Those added later are DUE, and not among them.
+        """
         queue = self.due
         with self.lock:
             if home.closed:
-                return False
+                return None
             line._ended = True
+            apart, tasks, count = line._apart, line._all, line._count
             before = line._home
             if before is not home:
                 if before is not None:
                     before.unsettled -= line._unsettled
                 home.unsettled += line._unsettled
                 line._home = home
-            if not line._active and not line._apart:
+            if not line._active and not apart:
                 line._active = True
                 if queue.last is None:
                     queue.first = line
@@ -294,7 +298,7 @@ class Account:
                 queue.last = line
         if before is not None and before is not home:
             before.waiters.wake()
-        return True
+        return tasks[:count] if apart else ()
 
     def push(self, queue: Queue, entry: Any) -> None:
         with self.lock:

@@ -162,15 +162,15 @@ class Scheduler:
         """Run the list of a request that has ended; return False if the home is closed."""
         if tasks._all is None:
             self.account.open(tasks, apart=self.settings.concurrent)
-        if not self.account.end(tasks, home):
+        apart = self.account.end(tasks, home)
+        if apart is None:
             return False
         if not tasks._unsettled:  # all have ended already
             tasks._forget_error()
         if home.draining:
             self.expedite(tasks)
-        if tasks._apart:
-            for task in tasks:
-                self.account.push(self.account.due, task)
+        for task in apart:
+            self.account.push(self.account.due, task)
         self.pump()
         return True
 

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -399,4 +400,29 @@ def test_added_after_trios_system_tasks_have_ended() -> None:
 
     anyio.run(main, backend="trio")
     assert [task.state for task in late] == [TaskState.ABANDONED]
+    assert_conserved(runner)
+
+
+async def test_added_as_tasks_that_run_apart_are_queued() -> None:
+    """G2, G7: with concurrent=True, a task added in the moment in which its request ends is queued once, and loses none."""
+    log, go, runner = Log(), anyio.Event(), Runner(concurrent=True, max_concurrency=1)
+    account = runner._scheduler.account
+    end = account.end
+
+    def end_and_add(tasks: Any, home: Any) -> Any:
+        ended = end(tasks, home)
+        if list(tasks)[0].name == "first":
+            tasks.add_task(log.note, "second")
+        return ended
+
+    account.end = end_and_add  # type: ignore[assignment, method-assign]
+    async with runner:
+        for name in ("blocker", "first", "third"):
+            call = go.wait if name == "blocker" else partial(log.note, name)
+            app = responder(lambda tasks, name=name, call=call: tasks.options(name=name).add_task(call))  # type: ignore[misc]
+            await request(DeferredMiddleware(app, runner), Log())
+        go.set()
+        with anyio.fail_after(30):
+            await runner.wait_idle()
+    assert sorted(log) == ["first", "second", "third"]
     assert_conserved(runner)
