@@ -214,6 +214,7 @@ class Account:
         one = (task,)
         keys: dict[int, tuple[Any, ...]] = {}
         bucket = (*(other for other in seen if other is not rival), task) if task._hash is not None else one
+        before: Home | None = None  # which the list has left
         with self.lock:
             if task._hash is not None:
                 if line._keys is None:
@@ -237,8 +238,9 @@ class Account:
                     answer = Answer.COMPLETE if task.durable else Answer.CLOSED
                 else:
                     if home is not line._home:
-                        if line._home is not None:
-                            line._home.unsettled -= line._unsettled
+                        before = line._home
+                        if before is not None:
+                            before.unsettled -= line._unsettled
                         if home is not None:
                             home.unsettled += line._unsettled
                         line._home = home
@@ -262,6 +264,8 @@ class Account:
                     if ended and (line._apart or not line._active):
                         line._active = True
                         answer = Answer.DUE
+        if before is not None:
+            before.waiters.wake()
         return answer, replaces
 
     def rival(self, task: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -56,7 +56,9 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
 def give_up(scheduler: Scheduler, home: Home) -> None:
     """Give up on native tasks that were cancelled and have not ended."""
     for task, run in tuple(scheduler.account.running.items()):
-        if run.home is home and run.abandoned and scheduler.close_outside(task, TaskState.ABANDONED):
+        tasks = task._list
+        here = run.home is home or (tasks is not None and tasks._home is home)  # a late task may have moved the list
+        if here and run.abandoned and scheduler.close_outside(task, TaskState.ABANDONED):
             scheduler.release(run)
     home.over = True
     home.waiters.wake()

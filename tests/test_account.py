@@ -341,6 +341,44 @@ async def test_only_the_cancelled_calls_tasks_are_given_up(monkeypatch: pytest.M
     assert_conserved(runner)
 
 
+async def test_a_late_task_moves_its_list_to_another_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8, G9: a list that a late task moves from a cancelled call to a lifespan is waited for, and given up, there alone."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    log, cancelled, go, returned = Log(), anyio.Event(), anyio.Event(), anyio.Event()
+    runner = Runner(drain_timeout=0.01)
+    lists: list[DeferredTasks] = []
+
+    async def stubborn() -> None:
+        scope.cancel()
+        while not go.is_set():
+            try:
+                with anyio.CancelScope(shield=cancelled.is_set()):
+                    await go.wait()
+            except anyio.get_cancelled_exc_class():
+                cancelled.set()
+
+    async def call() -> None:
+        with scope:
+            await request(
+                DeferredMiddleware(responder(lists.append, lambda tasks: tasks.add_task(stubborn)), runner), Log()
+            )
+        returned.set()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            scope = anyio.CancelScope()
+            group.start_soon(call)
+            await cancelled.wait()
+            async with runner:
+                lists[0].add_task(log.note, "late")
+                await returned.wait()
+                assert runner.statistics().abandoned == 0
+            assert runner.statistics().abandoned == 2
+            go.set()
+    assert log == []
+    assert_conserved(runner)
+
+
 def test_cancelled_calls_on_two_event_loops() -> None:
     """G9: a cancelled call waits for the other cancelled calls of its own event loop alone."""
     runner = Runner(drain_timeout=60)
