@@ -107,12 +107,13 @@ class Waiters:
 class Home:
     """Where tasks run and who waits for them: the lifespans of an event loop, or one ASGI call without a lifespan."""
 
-    __slots__ = ("closed", "draining", "entered", "loop", "over", "stop", "unsettled", "waiters")
+    __slots__ = ("closed", "draining", "drains", "entered", "loop", "over", "stop", "unsettled", "waiters")
 
     def __init__(self, loop: Any) -> None:
         self.loop = loop
         self.entered = 1
         self.unsettled = 0
+        self.drains = 0  # how many wait for its drain
         self.draining = False
         self.over = False  # the drain has given up
         self.closed = False

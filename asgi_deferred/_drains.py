@@ -33,7 +33,7 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
     if home.stop is not None:
         home.stop()
     account = scheduler.account
-    if home.entered == 1:
+    if home.entered <= max(1, home.drains):
         home.closed = True
     left = account.unfinished(home)
     if seconds is not None and left:
@@ -74,7 +74,9 @@ def bury(scheduler: Scheduler, home: Home) -> None:
 
 
 def rest(home: Home) -> None:
-    """End a drain. Another may follow."""
+    """End a drain, unless others wait for it. Another may follow."""
+    if home.drains:
+        return
     if home.stop is not None:
         home.stop()
     home.stop = None

@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Runner, TaskEvent, TaskState
+from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Runner, RunnerClosed, TaskEvent, TaskState
 from asgi_deferred import _drains as drains
 
 from .support import (
@@ -305,6 +305,67 @@ async def test_the_inner_of_two_entries_reaches_its_deadline() -> None:
         assert runner.statistics().abandoned == 1
         await request(app, Log())
     assert log == ["after"]
+    assert_conserved(runner)
+
+
+async def test_two_entries_drain_at_a_time() -> None:
+    """G8: of two entries that drain at a time, neither waits for longer than the deadline, whatever its tasks defer."""
+    refused, runner = Log(), Runner(drain_timeout=0.01)
+    lists: list[DeferredTasks] = []
+
+    async def defer_at_the_deadline() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with pytest.raises(RunnerClosed):
+                lists[0].add_task(anyio.sleep_forever)
+            refused.append("late")
+
+    app = DeferredMiddleware(responder(lists.append, lambda tasks: tasks.add_task(defer_at_the_deadline)), runner)
+
+    async def live(entered: anyio.Event, leave: anyio.Event) -> None:
+        async with runner:
+            entered.set()
+            await leave.wait()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            entered, leave = [anyio.Event(), anyio.Event()], anyio.Event()
+            for each in entered:
+                group.start_soon(live, each, leave)
+                await each.wait()
+            await request(app, Log())
+            leave.set()
+    assert refused == ["late"]
+    assert runner.statistics().abandoned == 1
+    assert_conserved(runner)
+
+
+async def test_the_outer_of_two_entries_ends_in_the_grace_of_the_inner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: what is added after the deadline of an inner entry has a final state when the outer one has left."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    cancelled, go, runner = anyio.Event(), anyio.Event(), Runner(drain_timeout=0.01)
+
+    async def stubborn() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                await go.wait()
+
+    async def inner() -> None:
+        async with runner:
+            await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(stubborn)), runner), Log())
+
+    async with anyio.create_task_group() as group:
+        async with runner:
+            group.start_soon(inner)
+            await cancelled.wait()
+            app = responder(lambda tasks: tasks.add_task(anyio.sleep_forever))
+            await request(DeferredMiddleware(app, runner), Log())
+        go.set()
+    assert runner.statistics().abandoned == 2
     assert_conserved(runner)
 
 
