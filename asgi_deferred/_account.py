@@ -4,7 +4,8 @@
 2. A task enters a final state once. The first to close it wins. Everybody else is told so, and does nothing.
 3. A task is *settled* when its end has been reported. Whoever waits for tasks to end waits for that.
 4. A list is *active* from the end of its request, or from a late task, until no task of it is PENDING. While it is
-   active it is in the queue, or it belongs to the run that took it from there. So its tasks run one at a time.
+   active it is in the queue, or it belongs to the run that took it from there, or to a task of it that is parked. So
+   its tasks run one at a time.
 5. Nothing of the user's runs while the lock is held. Python runs finalisers and signal handlers where a function is
    called, where a loop jumps back and, before 3.12, where a container is made. So what is under the lock is a straight
    line: no call, no loop, no new container, and no last reference to anything of the user's is dropped.
@@ -155,6 +156,7 @@ class Line:
     _active: bool
     _apart: bool  # each task on its own, and not one after the other
     _next: Any
+    _parked: Any  # its task that waits for a thread, in the list's turn
     _home: Home | None
     _keys: dict[int, tuple[Any, ...]] | None  # by a key's hash: the unsettled tasks that have it
 
@@ -184,7 +186,7 @@ class Account:
         self.running: dict[Any, Any] = {}  # tasks that run or are about to, and how each of them does
         self.announcing: dict[Any, None] = {}  # those whose start is being reported
         self.due = Queue()
-        self.parked = Queue()  # came before those that are due; a thread is all they lack
+        self.parked = Queue()  # tasks that came before those that are due; a thread is all they lack
         self.spare = threads  # for engines' tasks that nothing may hold up,
         self.urgent = Queue()  # and those of them that wait for one
         self.homes: dict[Any, Home] = {}  # those of lifespans, by event loop
@@ -201,7 +203,7 @@ class Account:
                 line._count = line._position = line._unsettled = 0
                 line._active = False
                 line._apart = apart
-                line._next = line._home = line._keys = None
+                line._next = line._parked = line._home = line._keys = None
                 line._all = tasks  # last, as it is looked at without the lock
 
     def accept(self, task: Any, limit: float, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
@@ -340,19 +342,36 @@ class Account:
                 return Turn.SKIPPED
             if not task._async:
                 if not self.threads:
+                    if line is not None:
+                        line._parked = task
                     if self.parked.last is None:
-                        self.parked.first = entry
+                        self.parked.first = task
                     else:
-                        self.parked.last._next = entry
-                    self.parked.last = entry
+                        self.parked.last._next = task
+                    self.parked.last = task
                     return Turn.SKIPPED
                 self.threads -= 1
+                if parked and tasks._parked is task:
+                    tasks._parked = None
+                    line = tasks
             self.places -= 1
             self.running[task] = run
             run.task = task
             run.line = line
             run.home = tasks._home
             return Turn.TAKEN
+
+    def unpark(self, task: Any) -> None:
+        """Queue the list of a task that has ended without the thread it waited for."""
+        line, queue = task._list, self.due
+        with self.lock:
+            if line._parked is task:
+                line._parked = None
+                if queue.last is None:
+                    queue.first = line
+                else:
+                    queue.last._next = line
+                queue.last = line
 
     def follow(self, run: Any) -> bool:
         """Let a run that keeps its place and thread go on to the next task of its list, if that is like its last."""

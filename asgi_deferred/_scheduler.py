@@ -394,6 +394,10 @@ class Scheduler:
         """Report a task's end, settle it, and let go of what it needed to run."""
         report(task, task.state, self.settings.observers)
         tasks = task._list
+        if tasks._parked is task:
+            self.account.unpark(task)
+            if not tasks._home.loop.call_soon(self.pump):
+                self.pump()
         task._let_go()
         if self.account.settle(task) and tasks._ended:
             tasks._forget_error()

@@ -308,6 +308,43 @@ async def test_the_inner_of_two_entries_reaches_its_deadline() -> None:
     assert_conserved(runner)
 
 
+@pytest.mark.parametrize("by_key", [True, False])
+async def test_the_task_that_waits_for_a_thread_is_cancelled(by_key: bool) -> None:
+    """G4, G7: when a task that waits for a thread is cancelled or replaced, its list goes on without that thread."""
+    log, go, runner = Log(), threading.Event(), Runner(max_threads=1)
+    lists: list[DeferredTasks] = []
+    ran = anyio.Event()
+
+    async def asynchronous() -> None:
+        log.append("async")
+        ran.set()
+
+    def add(tasks: DeferredTasks) -> None:
+        lists.append(tasks)
+        if len(lists) == 1:
+            tasks.add_task(go.wait, 30)
+        else:
+            tasks.options(key="key").add_task(log.note_sync, "sync")
+            tasks.add_task(asynchronous)
+            tasks.add_task(log.note_sync, "last")
+
+    try:
+        async with runner:
+            for _ in range(2):
+                await request(DeferredMiddleware(responder(add), runner), Log())
+            with anyio.fail_after(10):
+                if by_key:
+                    lists[1].options(key="key").add_task(log.note_sync, "replaced")
+                else:
+                    list(lists[1])[0].cancel()
+                await ran.wait()
+            go.set()
+    finally:
+        go.set()
+    assert log == ["async", "last", *["replaced"] * by_key]
+    assert_conserved(runner)
+
+
 async def test_two_entries_drain_at_a_time() -> None:
     """G8: of two entries that drain at a time, neither waits for longer than the deadline, whatever its tasks defer."""
     refused, runner = Log(), Runner(drain_timeout=0.01)
