@@ -4,7 +4,8 @@
 2. A task enters a final state once. The first to close it wins. Everybody else is told so, and does nothing.
 3. A task is *settled* when its end has been reported. Whoever waits for tasks to end waits for that.
 4. A list is *active* from the end of its request, or from a late task, until no task of it is PENDING. While it is
-   active it is in the queue, or it belongs to the run that took it from there. So its tasks run one at a time.
+   active it is in the queue, or it belongs to the run that took it from there, or to a task of it that is parked. So
+   its tasks run one at a time.
 5. Nothing of the user's runs while the lock is held. Python runs finalisers and signal handlers where a function is
    called, where a loop jumps back and, before 3.12, where a container is made. So what is under the lock is a straight
    line: no call, no loop, no new container, and no last reference to anything of the user's is dropped.
@@ -17,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,12 +108,13 @@ class Waiters:
 class Home:
     """Where tasks run and who waits for them: the lifespans of an event loop, or one ASGI call without a lifespan."""
 
-    __slots__ = ("closed", "draining", "entered", "loop", "over", "stop", "unsettled", "waiters")
+    __slots__ = ("closed", "draining", "drains", "entered", "loop", "over", "stop", "unsettled", "waiters")
 
     def __init__(self, loop: Any) -> None:
         self.loop = loop
         self.entered = 1
         self.unsettled = 0
+        self.drains = 0  # how many wait for its drain
         self.draining = False
         self.over = False  # the drain has given up
         self.closed = False
@@ -138,24 +140,25 @@ class Entry:
 
 
 class Line:
-    """What the account keeps of a task list. Most requests defer nothing, so that little is set on each."""
+    """What the account keeps of a task list. Most requests defer nothing: what they do without comes by `open`."""
 
     is_line = True
 
-    _all: list[Any]
+    _all: Any  # a list of tasks; None before `open`
     _loop: Any  # the native event loop of its request
+    _ended: bool  # the request has
+    _complete: bool  # the response is
+    _durable: bool  # it has durable tasks
 
-    _apart = False  # each task on its own, and not one after the other
-    _count = 0  # of `_all`
-    _position = 0  # before it no task is PENDING
-    _unsettled = 0
-    _active = False
-    _ended = False  # the request has
-    _complete = False  # the response is
-    _durable = False  # it has durable tasks
-    _home: Home | None = None
-    _keys: dict[int, tuple[Any, ...]] | None = None  # by a key's hash: the unsettled tasks that have it
-    _next: Any = None
+    _count: int  # of `_all`
+    _position: int  # before it no task is PENDING
+    _unsettled: int
+    _active: bool
+    _apart: bool  # each task on its own, and not one after the other
+    _next: Any
+    _parked: Any  # its task that waits for a thread, in the list's turn
+    _home: Home | None
+    _keys: dict[int, tuple[Any, ...]] | None  # by a key's hash: the unsettled tasks that have it
 
 
 class Queue:
@@ -183,7 +186,7 @@ class Account:
         self.running: dict[Any, Any] = {}  # tasks that run or are about to, and how each of them does
         self.announcing: dict[Any, None] = {}  # those whose start is being reported
         self.due = Queue()
-        self.parked = Queue()  # came before those that are due; a thread is all they lack
+        self.parked = Queue()  # tasks that came before those that are due; a thread is all they lack
         self.spare = threads  # for engines' tasks that nothing may hold up,
         self.urgent = Queue()  # and those of them that wait for one
         self.homes: dict[Any, Home] = {}  # those of lifespans, by event loop
@@ -191,6 +194,17 @@ class Account:
         self.room = Waiters()
 
     # A task is accepted
+
+    def open(self, line: Line, *, apart: bool) -> None:
+        """Prepare a list for its first task, unless another thread was faster."""
+        tasks: list[Any] = []
+        with self.lock:
+            if line._all is None:
+                line._count = line._position = line._unsettled = 0
+                line._active = False
+                line._apart = apart
+                line._next = line._parked = line._home = line._keys = None
+                line._all = tasks  # last, as it is looked at without the lock
 
     def accept(self, task: Any, limit: float, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
         """Enter a task, and close `rival`, the PENDING one of the same key; return also whether that was so.
@@ -203,6 +217,7 @@ class Account:
         one = (task,)
         keys: dict[int, tuple[Any, ...]] = {}
         bucket = (*(other for other in seen if other is not rival), task) if task._hash is not None else one
+        before: Home | None = None  # which the list has left
         with self.lock:
             if task._hash is not None:
                 if line._keys is None:
@@ -226,8 +241,9 @@ class Account:
                     answer = Answer.COMPLETE if task.durable else Answer.CLOSED
                 else:
                     if home is not line._home:
-                        if line._home is not None:
-                            line._home.unsettled -= line._unsettled
+                        before = line._home
+                        if before is not None:
+                            before.unsettled -= line._unsettled
                         if home is not None:
                             home.unsettled += line._unsettled
                         line._home = home
@@ -251,6 +267,8 @@ class Account:
                     if ended and (line._apart or not line._active):
                         line._active = True
                         answer = Answer.DUE
+        if before is not None:
+            before.waiters.wake()
         return answer, replaces
 
     def rival(self, task: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -261,20 +279,24 @@ class Account:
 
     # Turns and places
 
-    def end(self, line: Line, home: Home) -> bool:
-        """Let a list's tasks run in `home`, and queue the list; return False if that is closed."""
+    def end(self, line: Line, home: Home) -> Sequence[Any] | None:
+        """Let a list's tasks run in `home`, and queue the list; return None if that is closed.
+
+        Tasks that run apart are returned, for the caller to queue. Those added later are DUE, and not among them.
+        """
         queue = self.due
         with self.lock:
             if home.closed:
-                return False
+                return None
             line._ended = True
+            apart, tasks, count = line._apart, line._all, line._count
             before = line._home
             if before is not home:
                 if before is not None:
                     before.unsettled -= line._unsettled
                 home.unsettled += line._unsettled
                 line._home = home
-            if not line._active and not line._apart:
+            if not line._active and not apart:
                 line._active = True
                 if queue.last is None:
                     queue.first = line
@@ -283,7 +305,7 @@ class Account:
                 queue.last = line
         if before is not None and before is not home:
             before.waiters.wake()
-        return True
+        return tasks[:count] if apart else ()
 
     def push(self, queue: Queue, entry: Any) -> None:
         with self.lock:
@@ -320,19 +342,36 @@ class Account:
                 return Turn.SKIPPED
             if not task._async:
                 if not self.threads:
+                    if line is not None:
+                        line._parked = task
                     if self.parked.last is None:
-                        self.parked.first = entry
+                        self.parked.first = task
                     else:
-                        self.parked.last._next = entry
-                    self.parked.last = entry
+                        self.parked.last._next = task
+                    self.parked.last = task
                     return Turn.SKIPPED
                 self.threads -= 1
+                if parked and tasks._parked is task:
+                    tasks._parked = None
+                    line = tasks
             self.places -= 1
             self.running[task] = run
             run.task = task
             run.line = line
             run.home = tasks._home
             return Turn.TAKEN
+
+    def unpark(self, task: Any) -> None:
+        """Queue the list of a task that has ended without the thread it waited for."""
+        line, queue = task._list, self.due
+        with self.lock:
+            if line._parked is task:
+                line._parked = None
+                if queue.last is None:
+                    queue.first = line
+                else:
+                    queue.last._next = line
+                queue.last = line
 
     def follow(self, run: Any) -> bool:
         """Let a run that keeps its place and thread go on to the next task of its list, if that is like its last."""

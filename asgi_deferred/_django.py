@@ -164,7 +164,7 @@ class CaptureDeferred:
                 return answered(await get_response_async(handler, request))
 
         _patch(captured, captured_async)
-        outside = DeferredTasks(self._host, "http")
+        outside = DeferredTasks(self._host, {"type": "http"})
         outside._outcome = Outcome("http", complete=True)
         self._token: Token[DeferredTasks | None] = current.set(outside)
         return self._deferred
@@ -191,7 +191,7 @@ class CaptureDeferred:
         if KEY in scope:
             yield lambda response: response
             return
-        tasks = DeferredTasks(self._host, "http")
+        tasks = DeferredTasks(self._host, {"type": "http"})
         request.scope = {**scope, KEY: tasks}
 
         def answered(response: Any) -> Any:

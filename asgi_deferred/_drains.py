@@ -33,7 +33,7 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
     if home.stop is not None:
         home.stop()
     account = scheduler.account
-    if home.entered == 1:
+    if home.entered <= max(1, home.drains):
         home.closed = True
     left = account.unfinished(home)
     if seconds is not None and left:
@@ -56,7 +56,9 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
 def give_up(scheduler: Scheduler, home: Home) -> None:
     """Give up on native tasks that were cancelled and have not ended."""
     for task, run in tuple(scheduler.account.running.items()):
-        if run.home is home and run.abandoned and scheduler.close_outside(task, TaskState.ABANDONED):
+        tasks = task._list
+        here = run.home is home or (tasks is not None and tasks._home is home)  # a late task may have moved the list
+        if here and run.abandoned and scheduler.close_outside(task, TaskState.ABANDONED):
             scheduler.release(run)
     home.over = True
     home.waiters.wake()
@@ -72,7 +74,9 @@ def bury(scheduler: Scheduler, home: Home) -> None:
 
 
 def rest(home: Home) -> None:
-    """End a drain. Another may follow."""
+    """End a drain, unless others wait for it. Another may follow."""
+    if home.drains:
+        return
     if home.stop is not None:
         home.stop()
     home.stop = None
@@ -96,6 +100,6 @@ def draining() -> bool:
         ```
     """
     tasks = current.get()
-    if tasks is not None and tasks._home is not None:
+    if tasks is not None and tasks._all is not None and tasks._home is not None:
         return tasks._home.draining
     return any(home.draining for each in tuple(schedulers) for home in tuple(each.account.homes.values()))

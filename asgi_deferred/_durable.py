@@ -21,7 +21,7 @@ from ._exceptions import EnqueueFailed
 from ._loops import loop_of
 from ._outcome import Outcome, is_final, lets_through
 from ._scheduler import Scheduler
-from ._tasks import DeferredTask, DeferredTasks
+from ._tasks import DeferredTask, DeferredTasks, name_request
 from ._waiting import outlast
 
 _BODY = b"Service Unavailable: the work could not be queued. Try again."
@@ -45,7 +45,7 @@ async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
         starts = "status" in message
         ends = not starts and is_final(tasks._start, message)
         if (starts or ends) and tasks._error is None:
-            tasks._name_request()
+            tasks._request = name_request(tasks._scope)
             status = (message if starts else tasks._start).get("status")
             try:
                 await store(tasks, Outcome("http", status, complete=True))

@@ -61,14 +61,14 @@ class DeferredMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
-        if KEY in scope or kind not in ("http", "websocket"):
+        if KEY in scope or kind != "http":
             if kind == "lifespan" and KEY not in scope:
                 await run_lifespan(self.app, self.runner, scope, receive, send)
                 return
-            if kind not in ("http", "websocket") or not scope[KEY]._ended:
+            if kind not in ("http", "websocket") or (KEY in scope and not scope[KEY]._ended):
                 await self.app(scope, receive, send)
                 return
-        tasks = DeferredTasks(self._host, kind)
+        tasks = DeferredTasks(self._host, scope)
 
         def note_and_send(message: Any) -> Any:
             if tasks._durable:
@@ -84,7 +84,6 @@ class DeferredMiddleware:
                 tasks._complete = True
             return send(message)
 
-        tasks._scope = scope
         scope = scope.copy()
         scope[KEY] = tasks
         token = set_current(tasks)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from anyio import get_cancelled_exc_class
 
 from ._account import Home, Statistics, TaskState
-from ._drains import abandon, bury, drain, rest
+from ._drains import abandon, bury, drain, give_up, rest
 from ._loops import loop_of, running_loop
 from ._scheduler import Scheduler, inside
 from ._settings import Settings
@@ -28,9 +28,11 @@ class Block:
 
     def __init__(self, runner: Runner) -> None:
         self.native = running_loop()
-        self.home = runner._scheduler.account.enter(self.native, Home(loop_of(self.native)))
-        self.tasks = DeferredTasks(runner._scheduler, "lifespan")
-        self.tasks._apart = self.tasks._complete = self.tasks._ended = True
+        scheduler = runner._scheduler
+        self.home = scheduler.account.enter(self.native, Home(loop_of(self.native)))
+        self.tasks = DeferredTasks(scheduler, {"type": "lifespan"})
+        scheduler.account.open(self.tasks, apart=True)
+        self.tasks._complete = self.tasks._ended = True
         self.tasks._home = self.home
         self.before = current.get()
 
@@ -109,19 +111,30 @@ class Runner(Settings):
             bury(self._scheduler, home)
             raise
         except BaseException as failure:
+            home.drains += 1
             abandon(self._scheduler, home)
-            await outlast(partial(until_empty, home))
+            try:
+                await outlast(partial(until_empty, home))
+            finally:
+                home.drains -= 1
             if failure is not exc:
                 raise
         finally:
+            if home.unsettled and home.entered == 1:  # added after the deadline of another entry, which has left
+                abandon(self._scheduler, home)
+                give_up(self._scheduler, home)
             rest(home)
             account.leave(block.native, home)
 
     async def _drain(self, home: Home) -> None:
         """Wait until a home is empty, or its drain has given up. May be cut, and called again."""
-        while not self._scheduler.account.shut(home):
-            drain(self._scheduler, home, self.drain_timeout)
-            await until_empty(home)
+        home.drains += 1
+        try:
+            while not self._scheduler.account.shut(home):
+                drain(self._scheduler, home, self.drain_timeout)
+                await until_empty(home)
+        finally:
+            home.drains -= 1
 
     # A request ends
 
@@ -159,13 +172,19 @@ class Runner(Settings):
         """Drain the home of a call that was cancelled, and wait for others: daphne exits when the first has ended."""
         cancelled = self._scheduler.cancelled
         cancelled[home] = None
+        cut = False
         try:
             await self._drain(home)
+        except get_cancelled_exc_class():
+            cut = True  # and `outlast` comes back
+            raise
         finally:
-            del cancelled[home]
+            if not cut:
+                del cancelled[home]
+                home.waiters.wake()
         for other in tuple(cancelled):
             if other.loop.is_running_here():
-                await until_empty(other)
+                await until(other.waiters, lambda other=other: other not in cancelled)  # type: ignore[misc]
 
     # The account
 

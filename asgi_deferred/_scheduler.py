@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 from weakref import WeakSet
 
-from ._account import Account, Answer, Closed, Home, Line, TaskState, Turn
+from ._account import KEPT, Account, Answer, Closed, Home, Line, TaskState, Turn
 from ._calls import call_async, call_sync, close_unawaited, timed_out
 from ._engines import recognise
 from ._exceptions import BacklogFull, DeferredError, RunnerClosed, TaskTimedOut
@@ -118,11 +118,12 @@ class Scheduler:
 
     def add(self, task: DeferredTask) -> None:
         tasks, account = task._list, self.account
-        if self.settings.concurrent:
-            tasks._apart = True
+        if tasks._all is None:
+            account.open(tasks, apart=self.settings.concurrent)
         if task.durable:
             check_durable(task)
-        account.prune(tasks)
+        if tasks._count > KEPT:
+            account.prune(tasks)
         limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else inf
         rival: Any = None
         while True:  # until nobody has taken the key meanwhile
@@ -159,15 +160,17 @@ class Scheduler:
 
     def end(self, tasks: DeferredTasks, home: Home) -> bool:
         """Run the list of a request that has ended; return False if the home is closed."""
-        if not self.account.end(tasks, home):
+        if tasks._all is None:
+            self.account.open(tasks, apart=self.settings.concurrent)
+        apart = self.account.end(tasks, home)
+        if apart is None:
             return False
         if not tasks._unsettled:  # all have ended already
             tasks._forget_error()
         if home.draining:
             self.expedite(tasks)
-        if tasks._apart:
-            for task in tasks:
-                self.account.push(self.account.due, task)
+        for task in apart:
+            self.account.push(self.account.due, task)
         self.pump()
         return True
 
@@ -391,6 +394,10 @@ class Scheduler:
         """Report a task's end, settle it, and let go of what it needed to run."""
         report(task, task.state, self.settings.observers)
         tasks = task._list
+        if tasks._parked is task:
+            self.account.unpark(task)
+            if not tasks._home.loop.call_soon(self.pump):
+                self.pump()
         task._let_go()
         if self.account.settle(task) and tasks._ended:
             tasks._forget_error()
@@ -409,7 +416,7 @@ def check_durable(task: DeferredTask, *, kept: bool = False) -> None:
             f"durable=True stores a job with an engine, and the backend of {task.name!a} keeps it in this process. "
             "Give the task a backend that stores, or leave durable out. In a test, use asgi_deferred.testing."
         )
-    if task._list._type != "http":
+    if task._list._scope.get("type") != "http":
         raise _nothing_to_hold_back(task)
 
 

@@ -32,7 +32,7 @@ from ._middleware import ASGIApp
 from ._reports import write
 from ._runner import Runner
 from ._scheduler import inside
-from ._tasks import KEY, DeferredTasks, Options
+from ._tasks import KEY, DeferredTasks, Options, name_request
 from ._waiting import outlast, until
 
 _ORIGIN = "_asgi_deferred"
@@ -105,7 +105,6 @@ class Request:
     def end(self) -> None:
         """Name what nobody ran; hold nothing of the request, as its tasks lead here by their contexts."""
         self.over = True
-        self.tasks._name_request()
         for background in self.made:
             for each in background.tasks:
                 if origin := origin_of(each):
@@ -117,7 +116,7 @@ class Request:
                         name_of(each.func),
                         origin.place.f_code.co_filename,
                         origin.place.f_lineno,
-                        self.tasks._request,
+                        name_request(self.tasks._scope),
                     )
         self.made.clear()
         self.scope = {}
@@ -165,9 +164,8 @@ class Request:
 
     async def _hold(self, batch: list[Any], caller: Place) -> None:
         tasks, waiters = self.tasks, Waiters()
-        tasks._name_request()
-        held = Held(tasks._host, tasks._type)
-        held._request, held._then, held._unbounded = tasks._request, waiters.wake, True
+        held = Held(tasks._host, {"type": self.scope["type"]})  # a cancelled call may leave it behind
+        held._request, held._then, held._unbounded = name_request(tasks._scope), waiters.wake, True
         for each in batch:
             self.add(held, each, caller)
         batch.clear()

@@ -221,20 +221,20 @@ class DeferredTasks(Line):
     All of it is safe to use from any thread. Of many tasks that have ended it keeps the last few dozen only.
     """
 
-    _start: Mapping[str, Any] = _NOT_STARTED
-    _error: BaseException | None = None
-    _outcome: Outcome | None = None
-    _request = ""
-    _scope: Mapping[str, Any] = _NOT_STARTED  # while the request is under way
     _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
     _unbounded = False  # no limit refuses its tasks: its response has gone out, and promised them
     _then: Callable[[], object] | None = None  # called once, when the request and all of its tasks have ended
 
-    def __init__(self, host: Host, kind: Any) -> None:
+    def __init__(self, host: Host, scope: Mapping[str, Any]) -> None:
         self._host = host
-        self._type = kind
+        self._scope = scope  # while the request is under way
+        self._start: Mapping[str, Any] = _NOT_STARTED
+        self._request = ""
+        self._outcome: Outcome | None = None
+        self._error: BaseException | None = None
         self._loop = _get_running_loop() or running_loop()
-        self._all = []
+        self._all = None
+        self._ended = self._complete = self._durable = False
 
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
@@ -295,27 +295,24 @@ class DeferredTasks(Line):
     @property
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has."""
-        start = self._start  # looked at first: `_end` forgets it after it has made the outcome
+        scope, start = self._scope, self._start  # looked at first: `_end` forgets them after it has made the outcome
         if self._outcome is None and self._ended:
-            return self._make_outcome(start)
+            return self._make_outcome(scope, start)
         return self._outcome
 
-    def _make_outcome(self, start: Any) -> Outcome:
-        status = start.get("status")
-        complete = self._complete or (self._type == "websocket" and self._error is None)
-        if self._error is None and isinstance(status, int):
-            return without_error(self._type, status, complete)
-        return Outcome(self._type, status, complete, self._error)
+    def _make_outcome(self, scope: Mapping[str, Any], start: Mapping[str, Any]) -> Outcome:
+        kind, status, error = scope["type"], start.get("status"), self._error
+        complete = self._complete or (kind == "websocket" and error is None)
+        if error is None and isinstance(status, int):
+            return without_error(kind, status, complete)
+        return Outcome(kind, status, complete, error)
 
     def _end(self) -> None:
         """Keep which request it was and how it ended, and no header and no message of it."""
-        self._name_request()
-        self._outcome = self._make_outcome(self._start)
-        self._start = self._scope = _NOT_STARTED
-
-    def _name_request(self) -> None:
         scope = self._scope
-        self._request = self._request or f"{scope.get('method', self._type)} {scope.get('path', '')}"
+        self._request = name_request(scope)
+        self._outcome = self._make_outcome(scope, self._start)
+        self._start = self._scope = _NOT_STARTED
 
     def _forget_error(self) -> None:
         """All has ended: say so, and keep that the request failed, and not the frames in which it did."""
@@ -347,14 +344,18 @@ class DeferredTasks(Line):
         return task
 
     def __len__(self) -> int:
-        return self._count
+        return 0 if self._all is None else self._count
 
     def __iter__(self) -> Iterator[DeferredTask]:
-        return iter(self._all.copy())
+        return iter(() if self._all is None else self._all.copy())
 
     def __repr__(self) -> str:
         states = ", ".join(f"{task.name} {task.state.name}" for task in self)
         return f"<DeferredTasks [{states}]>"
+
+
+def name_request(scope: Mapping[str, Any]) -> str:
+    return f"{scope.get('method', scope['type'])} {scope.get('path', '')}"
 
 
 class TaskAdder:

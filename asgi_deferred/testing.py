@@ -60,7 +60,7 @@ def record() -> Iterator[list[DeferredTask]]:
     def add(_: Scheduler, task: DeferredTask) -> None:
         tasks = task._list
         if tasks not in lists:
-            lists[tasks] = DeferredTasks(nobody, tasks._type)
+            lists[tasks] = DeferredTasks(nobody, tasks._scope)
         task._list = lists[tasks]
         _add(nobody, task)
         recorded.append(task)

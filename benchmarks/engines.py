@@ -110,7 +110,7 @@ def durable() -> None:
 
 
 def recognition() -> None:
-    tasks = DeferredTasks(Runner(max_pending=10**9), "http")
+    tasks = DeferredTasks(Runner(max_pending=10**9)._scheduler, {"type": "http"})
 
     def add() -> None:
         tasks.add_task(plain)

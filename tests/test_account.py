@@ -7,13 +7,14 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Runner, TaskEvent, TaskState
+from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Runner, RunnerClosed, TaskEvent, TaskState
 from asgi_deferred import _drains as drains
 
 from .support import (
@@ -307,6 +308,104 @@ async def test_the_inner_of_two_entries_reaches_its_deadline() -> None:
     assert_conserved(runner)
 
 
+@pytest.mark.parametrize("by_key", [True, False])
+async def test_the_task_that_waits_for_a_thread_is_cancelled(by_key: bool) -> None:
+    """G4, G7: when a task that waits for a thread is cancelled or replaced, its list goes on without that thread."""
+    log, go, runner = Log(), threading.Event(), Runner(max_threads=1)
+    lists: list[DeferredTasks] = []
+    ran = anyio.Event()
+
+    async def asynchronous() -> None:
+        log.append("async")
+        ran.set()
+
+    def add(tasks: DeferredTasks) -> None:
+        lists.append(tasks)
+        if len(lists) == 1:
+            tasks.add_task(go.wait, 30)
+        else:
+            tasks.options(key="key").add_task(log.note_sync, "sync")
+            tasks.add_task(asynchronous)
+            tasks.add_task(log.note_sync, "last")
+
+    try:
+        async with runner:
+            for _ in range(2):
+                await request(DeferredMiddleware(responder(add), runner), Log())
+            with anyio.fail_after(10):
+                if by_key:
+                    lists[1].options(key="key").add_task(log.note_sync, "replaced")
+                else:
+                    list(lists[1])[0].cancel()
+                await ran.wait()
+            go.set()
+    finally:
+        go.set()
+    assert log == ["async", "last", *["replaced"] * by_key]
+    assert_conserved(runner)
+
+
+async def test_two_entries_drain_at_a_time() -> None:
+    """G8: of two entries that drain at a time, neither waits for longer than the deadline, whatever its tasks defer."""
+    refused, runner = Log(), Runner(drain_timeout=0.01)
+    lists: list[DeferredTasks] = []
+
+    async def defer_at_the_deadline() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with pytest.raises(RunnerClosed):
+                lists[0].add_task(anyio.sleep_forever)
+            refused.append("late")
+
+    app = DeferredMiddleware(responder(lists.append, lambda tasks: tasks.add_task(defer_at_the_deadline)), runner)
+
+    async def live(entered: anyio.Event, leave: anyio.Event) -> None:
+        async with runner:
+            entered.set()
+            await leave.wait()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            entered, leave = [anyio.Event(), anyio.Event()], anyio.Event()
+            for each in entered:
+                group.start_soon(live, each, leave)
+                await each.wait()
+            await request(app, Log())
+            leave.set()
+    assert refused == ["late"]
+    assert runner.statistics().abandoned == 1
+    assert_conserved(runner)
+
+
+async def test_the_outer_of_two_entries_ends_in_the_grace_of_the_inner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: what is added after the deadline of an inner entry has a final state when the outer one has left."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    cancelled, go, runner = anyio.Event(), anyio.Event(), Runner(drain_timeout=0.01)
+
+    async def stubborn() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                await go.wait()
+
+    async def inner() -> None:
+        async with runner:
+            await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(stubborn)), runner), Log())
+
+    async with anyio.create_task_group() as group:
+        async with runner:
+            group.start_soon(inner)
+            await cancelled.wait()
+            app = responder(lambda tasks: tasks.add_task(anyio.sleep_forever))
+            await request(DeferredMiddleware(app, runner), Log())
+        go.set()
+    assert runner.statistics().abandoned == 2
+    assert_conserved(runner)
+
+
 async def test_only_the_cancelled_calls_tasks_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """G8, G9: a call whose task has to be given up leaves the tasks of other calls alone."""
     monkeypatch.setattr(drains, "GRACE", 0.05)
@@ -337,6 +436,44 @@ async def test_only_the_cancelled_calls_tasks_are_given_up(monkeypatch: pytest.M
         assert runner.statistics().abandoned == 1
         given_up.set()
     assert runner.statistics()[3:] == (1, 0, 0, 0, 0, 1)
+    assert_conserved(runner)
+
+
+async def test_a_late_task_moves_its_list_to_another_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8, G9: a list that a late task moves from a cancelled call to a lifespan is waited for, and given up, there alone."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    log, cancelled, go, returned = Log(), anyio.Event(), anyio.Event(), anyio.Event()
+    runner = Runner(drain_timeout=0.01)
+    lists: list[DeferredTasks] = []
+
+    async def stubborn() -> None:
+        scope.cancel()
+        while not go.is_set():
+            try:
+                with anyio.CancelScope(shield=cancelled.is_set()):
+                    await go.wait()
+            except anyio.get_cancelled_exc_class():
+                cancelled.set()
+
+    async def call() -> None:
+        with scope:
+            await request(
+                DeferredMiddleware(responder(lists.append, lambda tasks: tasks.add_task(stubborn)), runner), Log()
+            )
+        returned.set()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            scope = anyio.CancelScope()
+            group.start_soon(call)
+            await cancelled.wait()
+            async with runner:
+                lists[0].add_task(log.note, "late")
+                await returned.wait()
+                assert runner.statistics().abandoned == 0
+            assert runner.statistics().abandoned == 2
+            go.set()
+    assert log == []
     assert_conserved(runner)
 
 
@@ -399,4 +536,29 @@ def test_added_after_trios_system_tasks_have_ended() -> None:
 
     anyio.run(main, backend="trio")
     assert [task.state for task in late] == [TaskState.ABANDONED]
+    assert_conserved(runner)
+
+
+async def test_added_as_tasks_that_run_apart_are_queued() -> None:
+    """G2, G7: with concurrent=True, a task added in the moment in which its request ends is queued once, and loses none."""
+    log, go, runner = Log(), anyio.Event(), Runner(concurrent=True, max_concurrency=1)
+    account = runner._scheduler.account
+    end = account.end
+
+    def end_and_add(tasks: Any, home: Any) -> Any:
+        ended = end(tasks, home)
+        if list(tasks)[0].name == "first":
+            tasks.add_task(log.note, "second")
+        return ended
+
+    account.end = end_and_add  # type: ignore[assignment, method-assign]
+    async with runner:
+        for name in ("blocker", "first", "third"):
+            call = go.wait if name == "blocker" else partial(log.note, name)
+            app = responder(lambda tasks, name=name, call=call: tasks.options(name=name).add_task(call))  # type: ignore[misc]
+            await request(DeferredMiddleware(app, runner), Log())
+        go.set()
+        with anyio.fail_after(30):
+            await runner.wait_idle()
+    assert sorted(log) == ["first", "second", "third"]
     assert_conserved(runner)
