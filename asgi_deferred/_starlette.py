@@ -77,8 +77,8 @@ class Moving:
         try:
             await self.app(scope, receive, send)
         finally:
-            moving.reset(token)
             request.end()
+            moving.reset(token)
 
 
 class Held(DeferredTasks):
@@ -92,15 +92,15 @@ class Held(DeferredTasks):
 class Request:
     """A request whose background tasks are moved."""
 
-    __slots__ = ("detached", "made", "moved", "over", "scope", "tasks")
+    __slots__ = ("made", "moved", "over", "scope", "tasks")
 
     def __init__(self, tasks: DeferredTasks, scope: Any, *, detached: bool) -> None:
         self.tasks = tasks
         self.scope = scope
-        self.detached = detached
         self.over = False
         self.made: list[BackgroundTasks] = []
-        self.moved: WeakSet[BackgroundTasks] = WeakSet()  # what is added to these goes to the list as well
+        # Detached: what is added to these goes to the list as well.
+        self.moved: WeakSet[BackgroundTasks] | None = WeakSet() if detached else None
 
     def end(self) -> None:
         """Name what nobody ran; hold nothing of the request, as its tasks lead here by their contexts."""
@@ -123,7 +123,7 @@ class Request:
 
     async def run(self, background: BackgroundTask, caller: Place) -> None:
         """Run what a response called, and before and after it what was injected and is of no response."""
-        if self.detached:
+        if self.moved is not None:
             self.moved.update(self._injected())
         await self._run_dropped(background, caller)
         await self._run_all(background, caller)
@@ -143,7 +143,8 @@ class Request:
         if not _is_container(background):
             await self._move([background], caller)
             return
-        self.moved.add(background)
+        if self.moved is not None:
+            self.moved.add(background)
         position = 0
         while position < len(background.tasks):
             batch = [*takewhile(lambda each: not _is_container(each), background.tasks[position:])]
@@ -155,7 +156,7 @@ class Request:
                 await self._run_all(background.tasks[position - 1], caller)
 
     async def _move(self, batch: list[Any], caller: Place) -> None:
-        if self.detached:
+        if self.moved is not None:
             self.tasks._unbounded = True
             for each in batch:
                 self.add(self.tasks, each, caller)
@@ -201,7 +202,7 @@ class Request:
     def _endpoint(self) -> Place | None:
         endpoint = unwrap(unwrap_partial(self.scope.get("endpoint")))
         if isclass(endpoint):
-            endpoint = getattr(endpoint, self.scope["method"].lower(), None)
+            endpoint = getattr(endpoint, self.scope.get("method", "").lower(), None)
         code: CodeType | None = getattr(endpoint, "__code__", None)
         return code and Place(code, code.co_firstlineno)
 
@@ -278,7 +279,7 @@ def install() -> None:
     def add_and_move(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
         add_task(self, *args, **kwargs)
         request = moving.get()
-        if request is not None and request.detached and self in request.moved:
+        if request is not None and request.moved is not None and self in request.moved:
             request.add(request.tasks, self.tasks[-1])
 
     def init_subclass(cls: Any, **kwargs: Any) -> None:

@@ -42,4 +42,4 @@ class DeferredMiddleware(_DeferredMiddleware):
         super().__init__(app, runner)
         install()
         keep_uploads()
-        self.app = Moving(app, detached=detached)
+        self.app: ASGIApp = Moving(app, detached=detached)
