@@ -314,10 +314,9 @@ class DeferredTasks(Line):
 
     def _forget_error(self) -> None:
         """Keep that the request failed, and not the frames in which it did."""
-        if self._error is not None:
-            outcome = self.outcome
-            self._error = None
-            self._outcome = outcome and outcome.without_error()
+        outcome = self.outcome
+        self._error = None
+        self._outcome = outcome and outcome.without_error()
 
     def _add(
         self,
