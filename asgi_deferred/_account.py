@@ -557,9 +557,9 @@ class Account:
     # Homes
 
     def enter(self, loop: Any, home: Home) -> Home:
-        """Enter the home of an event loop's lifespans; make it `home` if there is none."""
+        """Enter the home of an event loop's lifespans; make it `home` if there is none, or only one that ends."""
         with self.lock:
-            if loop in self.homes:
+            if loop in self.homes and not self.homes[loop].closed:
                 home = self.homes[loop]
                 home.entered += 1
             else:

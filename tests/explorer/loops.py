@@ -15,6 +15,7 @@ from trio import _core as trio_core
 
 from .baton import Baton, Hang
 
+FOREVER = 3600.0  # no scenario has a timer as late as that
 EARLY = 0.05  # how often time passes though a thread could run: it is slow
 
 
@@ -41,8 +42,8 @@ class Shuffled(deque[Any]):
 def pass_time(baton: Baton, ready: Callable[[], bool], seconds: float) -> float:
     """Let threads run until something is ready; return how much time passes if nothing is."""
     while not ready():
-        if not baton.others_may_go() or (seconds < inf and baton.random.random() < EARLY):
-            if seconds == inf:
+        if not baton.others_may_go() or (seconds < FOREVER and baton.random.random() < EARLY):
+            if seconds >= FOREVER:
                 raise Hang("Everybody waits")
             return seconds
         baton.hand_on(ready)
@@ -99,7 +100,9 @@ class ExplorerClock(trio.abc.Clock):
         return 0.0
 
 
-def run_asyncio(main: Callable[[], Awaitable[None]], random: Random, baton: Baton, failed: Callable[[str], None]) -> None:
+def run_asyncio(
+    main: Callable[[], Awaitable[None]], random: Random, baton: Baton, failed: Callable[[str], None]
+) -> None:
     loop = ExplorerLoop(random, baton)
     loop.set_exception_handler(lambda _, context: failed(f"{context['message']}: {context.get('exception')!r}"))
 
