@@ -34,19 +34,19 @@ def run(scenario: str, backend: str, seed: int) -> Finding:
         await world.finish()
 
     def died(args: threading.ExceptHookArgs) -> None:
-        world.breach(f"G3: a thread died of {args.exc_value!r}")
+        world.breaches.append(f"G3: a thread died of {args.exc_value!r}")
 
     hook, threading.excepthook = threading.excepthook, died
     logging.disable()
     try:
         with baton.in_hand():
             try:
-                BACKENDS[backend](main, random, baton, world.breach)
+                BACKENDS[backend](main, random, baton, world.breaches.append)
             except Hang as exc:
                 hang = True
-                world.breach(str(exc))
+                world.breaches.append(str(exc))
             except BaseException as exc:
-                world.breach(f"It ended with {exc!r}")
+                world.breaches.append(f"It ended with {exc!r}")
             breaches = list(dict.fromkeys(world.breaches))
             world.opened = True
     finally:

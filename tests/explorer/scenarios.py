@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 
-from .world import GRACE, World
+from .world import World
 
 Scenario = Callable[[World], Awaitable[None]]
 
@@ -22,12 +22,14 @@ def scenario(play: Scenario) -> Scenario:
 async def live(world: World, play: Callable[[], Awaitable[object]], before: float = 0.0) -> None:
     """Enter the runner for a while, and judge how long its drain takes."""
     await anyio.sleep(before)
-    async with world.runner:
-        await play()
-        start = anyio.current_time()
-    took = anyio.current_time() - start
-    if took > world.runner.drain_timeout + GRACE + 0.05:
-        world.breach(f"G8: the drain took {took:.2f} s")
+    try:
+        async with world.runner:
+            try:
+                await play()
+            finally:
+                start = anyio.current_time()
+    finally:
+        world.judge_drain(start, "G8")
 
 
 async def traffic(world: World, calls: int = 3, *, held: bool = False) -> None:
@@ -157,6 +159,4 @@ async def without_lifespan(world: World) -> None:
         start = anyio.current_time()
         for request in world.requests:
             request.scope.cancel()
-    took = anyio.current_time() - start
-    if took > world.runner.drain_timeout + GRACE + 0.05:
-        world.breach(f"G9: cancelled calls took {took:.2f} s")
+    world.judge_drain(start, "G9")

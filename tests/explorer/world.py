@@ -6,8 +6,7 @@ The judge knows the guarantees, and sees what a user could see: calls, events, s
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -59,7 +58,6 @@ class Work:
         self.request = request
         self.name = name
         self.when = when
-        self.accepted = False
         self.events: list[TaskState] = []
         self.active = False
         self.task: DeferredTask | None = None
@@ -67,6 +65,10 @@ class Work:
     @property
     def ended(self) -> bool:
         return bool(self.events) and self.events[-1] is not TaskState.RUNNING
+
+    @property
+    def runs(self) -> bool:
+        return self.active and not self.ended
 
 
 class World:
@@ -83,8 +85,10 @@ class World:
         self.lives = False  # a lifespan is under way
         self.asynchronous, self.synchronous = ASYNC, SYNC
 
-    def breach(self, text: str) -> None:
-        self.breaches.append(text)
+    def expect(self, kept: bool, promise: str) -> None:
+        """Note that a promise was not kept."""
+        if not kept:
+            self.breaches.append(promise)
 
     def configure(self, **options: Any) -> None:
         """Make the runner."""
@@ -119,7 +123,7 @@ class World:
             await self.app(http_scope(explorer=request), no_more_messages, send)
         return request
 
-    def add(self, request: Request) -> Work:
+    def add(self, request: Request) -> None:
         """Add a task of any kind to a request's list; from any thread."""
         assert request.tasks is not None
         request.added += 1
@@ -138,15 +142,11 @@ class World:
             work.task = adder.add_task(self.sync_work if sync else self.async_work, work, kind)
         except (BacklogFull, RunnerClosed) as exc:
             self.refused(work, exc)
-        else:
-            work.accepted = True
-        return work
 
     def refused(self, work: Work, error: Exception) -> None:
-        if work.events or work.active:
-            self.breach(f"G2: {work.name} was refused, and yet {work.events}")
-        if isinstance(error, RunnerClosed) and not work.request.over:
-            self.breach(f"G11: {work.name} was refused before its request had ended")
+        self.expect(not work.events, f"G2: {work.name} was refused, and yet {work.events}")
+        late = work.request.over or isinstance(error, BacklogFull)
+        self.expect(late, f"G11: {work.name} was refused before its request had ended")
 
     # Tasks
 
@@ -177,8 +177,7 @@ class World:
 
     def sync_work(self, work: Work, kind: str) -> Any:
         self.in_threads += 1
-        if self.in_threads > self.runner.max_threads:
-            self.breach(f"G7: {self.in_threads} threads are at work")
+        self.expect(self.in_threads <= self.runner.max_threads, f"G7: {self.in_threads} threads are at work")
         self.begin(work)
         try:
             if kind == "stuck":
@@ -193,14 +192,11 @@ class World:
 
     def begin(self, work: Work) -> None:
         request = work.request
-        if not request.over or (work.when == "success" and not request.final):
-            self.breach(f"G1: {work.name} began before its request had ended")
-        if TaskState.RUNNING not in work.events:
-            self.breach(f"G2: {work.name} began without a RUNNING event")
-        if not self.runner.concurrent:
-            for other in self.works.values():
-                if other.request is request and other.active and not other.ended:
-                    self.breach(f"G4: {work.name} began while {other.name} ran")
+        due = request.over and (request.final or work.when == "always")
+        self.expect(due, f"G1: {work.name} began before its request had ended")
+        self.expect(TaskState.RUNNING in work.events, f"G2: {work.name} began without a RUNNING event")
+        running = [other.name for other in self.works.values() if other.request is request and other.runs]
+        self.expect(not running or self.runner.concurrent, f"G4: {work.name} began while {running} ran")
         work.active = True
         request.begun.append(work.name)
         self.probe()
@@ -219,102 +215,85 @@ class World:
 
     def observe(self, event: TaskEvent) -> None:
         work = self.works[event.task.name]
-        if event.state in work.events or work.ended:
-            self.breach(f"G2: {work.name}: {event.state.name} after {work.events}")
-        if event.state is not TaskState.RUNNING and event.state is not event.task.state:
-            self.breach(f"G2: {work.name} is {event.task.state.name}, and its event says {event.state.name}")
+        once = event.state not in work.events and not work.ended
+        self.expect(once, f"G2: {work.name}: {event.state.name} after {work.events}")
+        true = event.state in (TaskState.RUNNING, event.task.state)
+        self.expect(true, f"G2: {work.name} is {event.task.state.name}, and its event says {event.state.name}")
         work.events.append(event.state)
         self.probe()
 
     def probe(self) -> None:
         """Look at the account at any moment."""
         counts = self.runner.statistics()
-        if counts.running > self.runner.max_concurrency:
-            self.breach(f"G7: {counts.running} tasks run")
-        if self.runner.overflow == "reject" and counts.pending + counts.running > self.runner.max_pending:
-            self.breach(f"G7: {counts.pending + counts.running} tasks are unfinished")
-        if min(counts) < 0 or counts.accepted != sum(counts[1:]):
-            self.breach(f"G2: {counts}")
+        self.expect(counts.running <= self.runner.max_concurrency, f"G7: {counts.running} tasks run")
+        unfinished = counts.pending + counts.running
+        bounded = self.runner.overflow == "wait" or unfinished <= self.runner.max_pending
+        self.expect(bounded, f"G7: {unfinished} tasks are unfinished")
+        self.expect(min(counts) >= 0 and counts.accepted == sum(counts[1:]), f"G2: {counts}")
 
-    def startable(self) -> list[str]:
+    def startable(self) -> set[str]:
         """Return the tasks that nothing keeps from running, if nothing is about to happen."""
         counts = self.runner.statistics()
         if self.baton.others_may_go() or counts.running >= self.runner.max_concurrency:
-            return []
-        names = []
+            return set()
+        names = set()
         for request in self.requests:
-            if request.over and request.tasks is not None:
-                for task in request.tasks:
-                    if task.state is TaskState.RUNNING and not self.runner.concurrent:
-                        break
-                    if task.state is TaskState.PENDING:
-                        if not task.func == self.sync_work or self.in_threads < self.runner.max_threads:  # noqa: SIM201
-                            names.append(task.name)
-                        if not self.runner.concurrent:
-                            break
+            unfinished = [
+                work.task
+                for work in self.works.values()
+                if work.request is request and request.over and work.task is not None and not work.ended
+            ]
+            for task in unfinished if self.runner.concurrent else unfinished[:1]:
+                free = self.in_threads < self.runner.max_threads or task.func != self.sync_work
+                if task.state is TaskState.PENDING and free:
+                    names.add(task.name)
         return names
 
     async def watch(self) -> None:
         """Wait a little, and find a task that was forgotten."""
         await anyio.sleep(0.01)
-        waiting = set(self.startable())
+        waiting = self.startable()
         for _ in range(3):
-            if waiting:
-                await anyio.sleep(0.001)
-                waiting &= set(self.startable())
-        if waiting:
-            self.breach(f"G7: {', '.join(sorted(waiting))} could run, and nobody starts it")
+            await anyio.sleep(0.001)
+            waiting &= self.startable()
+        self.expect(not waiting, f"G7: {sorted(waiting)} could run, and nobody starts it")
 
-    @asynccontextmanager
-    async def within(self, seconds: float, what: str) -> AsyncIterator[None]:
-        """Judge how long something takes."""
-        start = anyio.current_time()
-        try:
-            yield
-        finally:
-            took = anyio.current_time() - start
-            if took > seconds + SLACK:
-                self.breach(f"{what}: took {took:.2f} s, not {seconds:.2f}")
+    def judge_drain(self, start: float, guarantee: str) -> None:
+        took, most = anyio.current_time() - start, self.runner.drain_timeout + GRACE
+        self.expect(took <= most + SLACK, f"{guarantee}: a drain took {took:.2f} s, not {most:.2f}")
 
     async def finish(self) -> None:
         """Let go of what is stuck, once all has to be over, and judge the whole."""
         left = self.runner.statistics()
-        if left.pending or left.running:
-            self.breach(f"G8: {left} after the last drain")
+        self.expect(left.pending == left.running == 0, f"G8: {left} after the last drain")
         self.opened = True
+        await anyio.sleep(100)
         while self.baton.others_may_go():
             await anyio.sleep(0.1)
-        await anyio.sleep(100)
-        if self.runner.statistics() != left:
-            self.breach(f"G2: {left}, and later {self.runner.statistics()}")
-        accepted = [work for work in self.works.values() if work.accepted]
-        if left.accepted != len(accepted):
-            self.breach(f"G2: accepted {len(accepted)}, counted {left.accepted}")
+        later = self.runner.statistics()
+        self.expect(later == left, f"G2: {left}, and later {later}")
+        accepted = [work for work in self.works.values() if work.task is not None]
+        self.expect(left.accepted == len(accepted), f"G2: accepted {len(accepted)}, counted {left.accepted}")
         for work in accepted:
-            assert work.task is not None
-            if not work.ended or work.events[-1] is not work.task.state:
-                self.breach(f"G2: {work.name} is {work.task.state.name}, events {work.events}")
+            state = work.task and work.task.state
+            self.expect(work.ended and work.events[-1] is state, f"G2: {work.name} is {state}, events {work.events}")
         for request in self.requests:
-            if request.tasks is not None and not self.runner.concurrent:
-                order = [task.name for task in request.tasks if task.name in request.begun]
-                if order != request.begun:
-                    self.breach(f"G4: added {order}, begun {request.begun}")
+            order = [task.name for task in request.tasks or () if task.name in request.begun]
+            kept = order == request.begun or self.runner.concurrent
+            self.expect(kept, f"G4: added {order}, begun {request.begun}")
 
     # Others that interfere
 
-    def anybody(self) -> Work | None:
-        works = [work for work in self.works.values() if work.task is not None]
-        return self.random.choice(works) if works else None
-
     def meddle(self) -> None:
         """Cancel a task, or add one to any list; from any thread."""
-        work = self.anybody()
-        if work is None:
+        works = [work for work in self.works.values() if work.task is not None]
+        if not works:
             return
+        work = self.random.choice(works)
+        assert work.task is not None
         if self.random.random() < 0.5:
-            assert work.task is not None
-            if work.task.cancel() and work.active:
-                self.breach(f"G2: {work.name} ran, and could be cancelled")
+            cancelled = work.task.cancel()
+            self.expect(not (cancelled and work.active), f"G2: {work.name} ran, and could be cancelled")
         elif work.request.added < 8:
             self.add(work.request)
 
