@@ -114,7 +114,7 @@ class Waiters:
 class Home:
     """Where tasks run and who waits for them: the lifespans of an event loop, or one ASGI call without a lifespan."""
 
-    __slots__ = ("closed", "draining", "drains", "entered", "loop", "over", "stop", "unsettled", "waiters")
+    __slots__ = ("closed", "draining", "drains", "ending", "entered", "loop", "over", "stop", "unsettled", "waiters")
 
     def __init__(self, loop: Any) -> None:
         self.loop = loop
@@ -122,6 +122,7 @@ class Home:
         self.unsettled = 0
         self.drains = 0  # how many wait for its drain
         self.draining = False
+        self.ending = False  # the drain's deadline is over, and its grace runs
         self.over = False  # the drain has given up
         self.closed = False
         self.stop: Callable[[], object] | None = None  # cancels the drain's timer

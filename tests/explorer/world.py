@@ -238,11 +238,8 @@ class World:
             return set()
         names = set()
         for request in self.requests:
-            unfinished = [
-                work.task
-                for work in self.works.values()
-                if work.request is request and request.over and work.task is not None and not work.ended
-            ]
+            tasks = request.tasks if request.tasks is not None and request.over else ()
+            unfinished = [task for task in tasks if not self.works[task.name].ended]
             for task in unfinished if self.runner.concurrent else unfinished[:1]:
                 free = self.in_threads < self.runner.max_threads or task.func != self.sync_work
                 if task.state is TaskState.PENDING and free:
