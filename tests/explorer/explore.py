@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from random import Random
@@ -24,6 +26,13 @@ class Finding(NamedTuple):
 
 def run(scenario: str, backend: str, seed: int) -> Finding:
     """Run a scenario under the schedule of a seed."""
+    finding = attempt(scenario, backend, seed)
+    if finding.breaches:
+        collect()
+    return finding
+
+
+def attempt(scenario: str, backend: str, seed: int) -> Finding:
     random = Random(f"{scenario} {backend} {seed}")
     baton = Baton(random)
     world = World(random, baton)
@@ -38,6 +47,7 @@ def run(scenario: str, backend: str, seed: int) -> Finding:
 
     hook, threading.excepthook = threading.excepthook, died
     logging.disable()
+    gc.disable()  # as a finaliser would run anywhere
     try:
         with baton.in_hand():
             try:
@@ -50,9 +60,19 @@ def run(scenario: str, backend: str, seed: int) -> Finding:
             breaches = list(dict.fromkeys(world.breaches))
             world.opened = True
     finally:
+        gc.enable()
         threading.excepthook = hook
         logging.disable(logging.NOTSET)
     return Finding(scenario, backend, seed, hang, breaches)
+
+
+def collect() -> None:
+    """Let what a hang left behind die quietly, before the next run."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def explore(scenarios: Iterable[str], backends: Iterable[str], seeds: Iterable[int]) -> Iterator[Finding]:

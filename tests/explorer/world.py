@@ -25,7 +25,7 @@ from asgi_deferred import (
     tasks_from,
 )
 
-from ..support import OK, http_scope, no_more_messages
+from tests.support import OK, http_scope, no_more_messages
 from .baton import Baton
 
 GRACE = 1.0
