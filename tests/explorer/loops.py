@@ -111,8 +111,6 @@ def run_asyncio(
 
     try:
         loop.run_until_complete(run())
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
     finally:
         loop.close()
 
@@ -124,9 +122,7 @@ def run_trio(main: Callable[[], Awaitable[None]], random: Random, baton: Baton, 
     try:
         trio.run(main, clock=ExplorerClock(baton))
     except trio.TrioInternalError as exc:
-        if isinstance(exc.__cause__, Hang):
-            raise exc.__cause__ from None
-        raise
+        raise exc.__cause__ or exc from None
     finally:
         settings._r, settings._ALLOW_DETERMINISTIC_SCHEDULING = before
 

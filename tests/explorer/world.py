@@ -24,8 +24,8 @@ from asgi_deferred import (
     TaskState,
     tasks_from,
 )
-
 from tests.support import OK, http_scope, no_more_messages
+
 from .baton import Baton
 
 GRACE = 1.0
