@@ -163,6 +163,13 @@ def test_what_is_broken_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert promise in "\n".join(first(scenario).breaches)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hang_is_found(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: where everybody waits for ever, that is found at once, and in no real time."""
+    nobody_is_woken(monkeypatch)
+    assert first("loop_only", backend).hang
+
+
 # The explorer itself
 
 
@@ -206,6 +213,7 @@ def test_a_thread_that_joins_late() -> None:
     """G8: when a run is over, nobody waits for the baton."""
     baton = Baton(Random(0))
     baton.closed = True
+    baton.hand_on()
     threads = [threading.Thread(target=baton.join), baton.thread(baton.join)]
     for thread in threads:
         thread.start()

@@ -71,8 +71,6 @@ class ExplorerLoop(asyncio.SelectorEventLoop):
         selector = Selector()
         selector.loop = self
         super().__init__(selector)
-        for handle in self._ready:
-            handle.cancel()
         self._ready = Shuffled(random, baton)
 
     def time(self) -> float:

@@ -121,13 +121,23 @@ async def two_entries(world: World) -> None:
         with scope:
             await live(world, lambda: traffic(world, 2), before)
 
-    async with anyio.create_task_group() as group:
-        for scope in scopes:
-            group.start_soon(one, scope)
-        for scope in scopes:
-            if world.random.random() < 0.3:
-                await anyio.sleep(world.random.uniform(0, 3))
-                scope.cancel()
+    async def visit() -> None:
+        await anyio.sleep(world.random.uniform(0, 6))
+        await world.call(1)
+
+    async with anyio.create_task_group() as visitors:
+        for _ in range(4):
+            visitors.start_soon(visit)
+        async with anyio.create_task_group() as group:
+            for scope in scopes:
+                group.start_soon(one, scope)
+            for scope in scopes:
+                if world.random.random() < 0.3:
+                    await anyio.sleep(world.random.uniform(0, 3))
+                    scope.cancel()
+        await anyio.sleep(6)
+        for request in world.requests:
+            request.scope.cancel()
 
 
 @scenario

@@ -283,15 +283,15 @@ class World:
 
     def meddle(self) -> None:
         """Cancel a task, or add one to any list; from any thread."""
-        works = [work for work in self.works.values() if work.task is not None]
-        if not works:
+        tasks = [work.task for work in self.works.values() if work.task is not None]
+        if not tasks:
             return
-        work = self.random.choice(works)
-        assert work.task is not None
-        if self.random.random() < 0.5:
-            cancelled = work.task.cancel()
+        task = self.random.choice(tasks)
+        work = self.works[task.name]
+        if self.random.random() < 0.5 or work.request.added > 7:
+            cancelled = task.cancel()
             self.expect(not (cancelled and work.active), f"G2: {work.name} ran, and could be cancelled")
-        elif work.request.added < 8:
+        else:
             self.add(work.request)
 
     def thread(self, call: Callable[[], object]) -> None:
