@@ -65,7 +65,7 @@ def a_place_is_lost(patch: pytest.MonkeyPatch) -> None:
     release = Account.release
 
     def broken(self: Account, way: Any) -> bool:
-        self.places -= self.places > 0 and way.task.state is TaskState.FAILED
+        self.places -= self.places > 0
         return release(self, way)
 
     patch.setattr(Account, "release", broken)
@@ -148,8 +148,8 @@ def a_task_starts_at_once(patch: pytest.MonkeyPatch) -> None:
 
 @finds("reject", "G7")
 def the_backlog_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: Account, task: Any, limit: float, *rest: Any) -> tuple[Answer, bool]:
-        return accept(self, task, limit + 1, *rest)
+    def broken(self: Account, task: Any, limit: int | None, *rest: Any) -> tuple[Answer, bool]:
+        return accept(self, task, limit and limit + 1, *rest)
 
     accept = Account.accept
     patch.setattr(Account, "accept", broken)
