@@ -85,30 +85,36 @@ class Turn(Enum):
     TAKEN = "a task has what it needs"
 
 
+# Looked up at every task.
+WAITS, AGAIN = Answer.WAITS, Answer.AGAIN
+LOST, WON, ANNOUNCED = Closed.LOST, Closed.WON, Closed.ANNOUNCED
+NOBODY, SKIPPED, TAKEN = Turn.NOBODY, Turn.SKIPPED, Turn.TAKEN
+
+
 class Waiters:
     """Who is to be told when something has become true. Each looks again after it has put itself here."""
 
-    __slots__ = ("_wakes",)
+    __slots__ = ("waiting",)
 
     def __init__(self) -> None:
-        self._wakes: dict[Callable[[], object], None] = {}
+        self.waiting: dict[Callable[[], object], None] = {}
 
     def add(self, wake: Callable[[], object]) -> None:
-        self._wakes[wake] = None
+        self.waiting[wake] = None
 
     def discard(self, wake: Callable[[], object]) -> None:
-        self._wakes.pop(wake, None)
+        self.waiting.pop(wake, None)
 
     def wake(self) -> None:
-        for wake in self._wakes.copy():
-            self._wakes.pop(wake, None)
+        for wake in self.waiting.copy():
+            self.waiting.pop(wake, None)
             wake()
 
 
 class Home:
     """Where tasks run and who waits for them: the lifespans of an event loop, or one ASGI call without a lifespan."""
 
-    __slots__ = ("closed", "draining", "drains", "entered", "loop", "over", "stop", "unsettled", "waiters")
+    __slots__ = ("closed", "draining", "drains", "ending", "entered", "loop", "over", "stop", "unsettled", "waiters")
 
     def __init__(self, loop: Any) -> None:
         self.loop = loop
@@ -116,6 +122,7 @@ class Home:
         self.unsettled = 0
         self.drains = 0  # how many wait for its drain
         self.draining = False
+        self.ending = False  # the drain's deadline is over, and its grace runs
         self.over = False  # the drain has given up
         self.closed = False
         self.stop: Callable[[], object] | None = None  # cancels the drain's timer
@@ -206,7 +213,7 @@ class Account:
                 line._next = line._parked = line._home = line._keys = None
                 line._all = tasks  # last, as it is looked at without the lock
 
-    def accept(self, task: Any, limit: float, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
+    def accept(self, task: Any, limit: int | None, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
         """Enter a task, and close `rival`, the PENDING one of the same key; return also whether that was so.
 
         `seen` are the tasks whose key had the same hash when the rival was looked for.
@@ -216,57 +223,57 @@ class Account:
         live = self.homes.get(line._loop)
         one = (task,)
         keys: dict[int, tuple[Any, ...]] = {}
-        bucket = (*(other for other in seen if other is not rival), task) if task._hash is not None else one
+        key, replaces = task._hash, False
+        bucket = one if key is None else (*(other for other in seen if other is not rival), task)
         before: Home | None = None  # which the list has left
+        answer = WAITS
         with self.lock:
-            if task._hash is not None:
+            if key is not None:
                 if line._keys is None:
                     line._keys = keys
                 keys = line._keys
-            replaces = rival is not None and rival.state is PENDING
-            if task._hash is not None and (keys[task._hash] if task._hash in keys else ()) is not seen:  # noqa: SIM401
-                answer = Answer.AGAIN
-            elif counts[PENDING] + counts[RUNNING] - replaces >= limit:
-                answer = Answer.FULL
-            else:
-                line._all += one
-                line._count += 1
-                ended = line._ended  # looked at after that: a request without tasks ends without taking the lock
-                home = line._home
-                if home is None or home.closed:
-                    home = live if live is not None and not live.closed else None
-                if (ended and home is None) or (task.durable and (ended or line._complete)):
-                    del line._all[-1]
-                    line._count -= 1
-                    answer = Answer.COMPLETE if task.durable else Answer.CLOSED
-                else:
-                    if home is not line._home:
-                        before = line._home
-                        if before is not None:
-                            before.unsettled -= line._unsettled
-                        if home is not None:
-                            home.unsettled += line._unsettled
-                        line._home = home
-                    if rival is not None and replaces:
-                        rival.state = CANCELLED
-                        if rival in self.running:  # it was about to run
-                            run = self.running[rival]  # noqa: F841 - as in `close`
-                            del self.running[rival]
-                        counts[PENDING] -= 1
-                        counts[CANCELLED] += 1
-                    counts[PENDING] += 1
-                    self.unsettled += 1
-                    line._unsettled += 1
-                    if home is not None:
-                        home.unsettled += 1
-                    self.lines[line] = None
-                    if task._hash is not None:
-                        keys[task._hash] = bucket
-                    line._durable |= task.durable
-                    answer = Answer.WAITS
-                    if ended and (line._apart or not line._active):
-                        line._active = True
-                        answer = Answer.DUE
+                if (keys[key] if key in keys else ()) is not seen:  # noqa: SIM401
+                    return AGAIN, False
+                replaces = rival is not None and rival.state is PENDING
+            if limit is not None and counts[PENDING] + counts[RUNNING] - replaces >= limit:
+                return Answer.FULL, False
+            line._all += one
+            line._count += 1
+            ended = line._ended  # looked at after that: a request without tasks ends without taking the lock
+            home = line._home
+            if home is None or home.closed:
+                home = live if live is not None and not live.closed else None
+            if (ended and home is None) or (task.durable and (ended or line._complete)):
+                del line._all[-1]
+                line._count -= 1
+                return Answer.COMPLETE if task.durable else Answer.CLOSED, False
+            if home is not line._home:
+                before = line._home
+                if before is not None:
+                    before.unsettled -= line._unsettled
+                if home is not None:
+                    home.unsettled += line._unsettled
+                line._home = home
+            if replaces:
+                rival.state = CANCELLED
+                if rival in self.running:  # it was about to run
+                    run = self.running[rival]  # noqa: F841 - as in `close`
+                    del self.running[rival]
+                counts[PENDING] -= 1
+                counts[CANCELLED] += 1
+            if key is not None:
+                keys[key] = bucket
+            counts[PENDING] += 1
+            self.unsettled += 1
+            self.lines[line] = None
+            line._unsettled += 1
+            if home is not None:
+                home.unsettled += 1
+            if task.durable:
+                line._durable = True
+            if ended and (line._apart or not line._active):
+                line._active = True
+                answer = Answer.DUE
         if before is not None:
             before.waiters.wake()
         return answer, replaces
@@ -322,24 +329,26 @@ class Account:
             queue = self.parked if parked else self.due
             entry = queue.first
             if entry is None or not self.places:
-                return Turn.NOBODY
-            line = entry if entry.is_line else None
-            task = entry
-            if line is not None and line._position < line._count:
-                task = line._all[line._position]
-                if task.state is not PENDING or task in self.running:
-                    line._position += 1
-                    return Turn.SKIPPED
+                return NOBODY
+            line = task = None
+            if entry.is_line:
+                line = entry
+                if line._position < line._count:
+                    task = line._all[line._position]
+                    if task.state is not PENDING or task in self.running:
+                        line._position += 1
+                        return SKIPPED
+            elif entry.state is PENDING and entry not in self.running:
+                task = entry
             queue.first = entry._next
             entry._next = None
             if queue.first is None:
                 queue.last = None
-            if line is not None and line._position == line._count:
-                line._active = False
-                return Turn.SKIPPED
+            if task is None:
+                if line is not None:
+                    line._active = False
+                return SKIPPED
             tasks = task._list
-            if tasks is None or task.state is not PENDING or task in self.running:
-                return Turn.SKIPPED
             if not task._async:
                 if not self.threads:
                     if line is not None:
@@ -349,7 +358,7 @@ class Account:
                     else:
                         self.parked.last._next = task
                     self.parked.last = task
-                    return Turn.SKIPPED
+                    return SKIPPED
                 self.threads -= 1
                 if parked and tasks._parked is task:
                     tasks._parked = None
@@ -359,7 +368,7 @@ class Account:
             run.task = task
             run.line = line
             run.home = tasks._home
-            return Turn.TAKEN
+            return TAKEN
 
     def unpark(self, task: Any) -> None:
         """Queue the list of a task that has ended without the thread it waited for."""
@@ -468,7 +477,7 @@ class Account:
         with self.lock:
             before = task.state
             if before is not PENDING and (waiting or before is not RUNNING):
-                return Closed.LOST
+                return LOST
             if task in self.running:
                 run = self.running[task]  # noqa: F841 - its last reference is dropped after the lock
                 del self.running[task]
@@ -476,16 +485,13 @@ class Account:
             self.counts[state] += 1
             task.state = state
             task.error = error
-            return Closed.ANNOUNCED if task in self.announcing else Closed.WON
+            return ANNOUNCED if task in self.announcing else WON
 
     def settle(self, task: Any) -> bool:
         """Note that the end of a task was reported; return whether that was the last of its list."""
         line: Line = task._list
-        counts = self.counts
         with self.lock:
             self.unsettled -= 1
-            idle = not self.unsettled
-            room = counts[PENDING] + counts[RUNNING] <= self.limit
             line._unsettled -= 1
             home = line._home
             if home is not None:
@@ -496,11 +502,11 @@ class Account:
         if task._hash is not None:
             self._forget_key(line, task)
         task._list = None
-        if home is not None and not home.unsettled:
+        if home is not None and home.waiters.waiting and not home.unsettled:
             home.waiters.wake()
-        if idle:
+        if self.idle.waiting and not self.unsettled:
             self.idle.wake()
-        if room:
+        if self.room.waiting and not self.is_over_limit():
             self.room.wake()
         return last
 
@@ -552,9 +558,9 @@ class Account:
     # Homes
 
     def enter(self, loop: Any, home: Home) -> Home:
-        """Enter the home of an event loop's lifespans; make it `home` if there is none."""
+        """Enter the home of an event loop's lifespans; make it `home` if there is none, or only one that ends."""
         with self.lock:
-            if loop in self.homes:
+            if loop in self.homes and not self.homes[loop].closed:
                 home = self.homes[loop]
                 home.entered += 1
             else:

@@ -22,7 +22,8 @@ def drain(scheduler: Scheduler, home: Home, seconds: float) -> None:
     if home.draining:
         return
     home.draining = True
-    home.stop = home.loop.call_later(seconds, abandon, scheduler, home, seconds)
+    if not home.ending:
+        home.stop = home.loop.call_later(seconds, abandon, scheduler, home, seconds)
     for line in tuple(scheduler.account.lines):
         if line._home is home and line._ended and isinstance(line, DeferredTasks):
             scheduler.expedite(line)
@@ -30,8 +31,6 @@ def drain(scheduler: Scheduler, home: Home, seconds: float) -> None:
 
 def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> None:
     """End all that is unfinished in a home; with `seconds`, log that these are over."""
-    if home.stop is not None:
-        home.stop()
     account = scheduler.account
     if home.entered <= max(1, home.drains):
         home.closed = True
@@ -50,7 +49,11 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
         else:
             run.abandoned = True
             run.native.cancel()
-    home.stop = home.loop.call_later(GRACE, give_up, scheduler, home)
+    if not home.ending:  # or others wait for the end of that grace
+        home.ending = True
+        if home.stop is not None:
+            home.stop()
+        home.stop = home.loop.call_later(GRACE, give_up, scheduler, home)
 
 
 def give_up(scheduler: Scheduler, home: Home) -> None:
@@ -80,7 +83,7 @@ def rest(home: Home) -> None:
     if home.stop is not None:
         home.stop()
     home.stop = None
-    home.draining = home.over = False
+    home.draining = home.ending = home.over = False
 
 
 def draining() -> bool:

@@ -16,6 +16,8 @@ def unwrap_partial(func: Any) -> Any:
 
 def name_of(func: Any) -> str:
     """Name a callable: its qualified name, that of what a `partial` wraps, or its type's."""
+    if type(func) is FunctionType:
+        return func.__qualname__
     func = unwrap_partial(func)
     return getattr(func, "__qualname__", None) or type(func).__qualname__
 

@@ -12,6 +12,7 @@ from anyio import get_cancelled_exc_class
 from ._account import Home, Statistics, TaskState
 from ._drains import abandon, bury, drain, give_up, rest
 from ._loops import loop_of, running_loop
+from ._outcome import without_error
 from ._scheduler import Scheduler, inside
 from ._settings import Settings
 from ._tasks import DeferredTasks, current
@@ -33,6 +34,7 @@ class Block:
         self.tasks = DeferredTasks(scheduler, {"type": "lifespan"})
         scheduler.account.open(self.tasks, apart=True)
         self.tasks._complete = self.tasks._ended = True
+        self.tasks._outcome = without_error("lifespan", complete=True)
         self.tasks._home = self.home
         self.before = current.get()
 

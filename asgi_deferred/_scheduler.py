@@ -16,12 +16,11 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from math import inf
 from time import perf_counter
 from typing import Any
 from weakref import WeakSet
 
-from ._account import KEPT, Account, Answer, Closed, Home, Line, TaskState, Turn
+from ._account import AGAIN, KEPT, LOST, NOBODY, SKIPPED, WAITS, WON, Account, Answer, Home, Line, TaskState
 from ._calls import call_async, call_sync, close_unawaited, timed_out
 from ._engines import recognise
 from ._exceptions import BacklogFull, DeferredError, RunnerClosed, TaskTimedOut
@@ -39,23 +38,22 @@ inside: ContextVar[DeferredTask | None] = ContextVar("asgi_deferred_task", defau
 class Run:
     """The way of one task (rule 2), and the job of its native task."""
 
-    placed = True
-    released = False
-    given_up = False  # the task was closed by somebody else while it ran
-    abandoned = False  # we have cancelled it
-    native: Any = None
-    returned: Awaitable[Any] | None = None  # what a sync task left to be awaited
-    stop: Callable[[], object] | None = None  # calls off the timeout of a sync task
-    then: Callable[[], object] | None = None  # called on release
-    _next: Run | None = None
-
     task: DeferredTask
-    line: Line | None = None  # the list whose turn this is; None for a task that runs apart
-    home: Any = None
     loop: Any
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
+        self.line: Line | None = None  # the list whose turn this is; None for a task that runs apart
+        self.home: Any = None
+        self.native: Any = None
+        self.returned: Awaitable[Any] | None = None  # what a sync task left to be awaited
+        self.stop: Callable[[], object] | None = None  # calls off the timeout of a sync task
+        self.then: Callable[[], object] | None = None  # called on release
+        self.placed = True
+        self.released = False
+        self.given_up = False  # the task was closed by somebody else while it ran
+        self.abandoned = False  # we have cancelled it
+        self._next: Run | None = None
 
     async def main(self) -> None:
         scheduler, task, returned = self.scheduler, self.task, self.returned
@@ -124,7 +122,7 @@ class Scheduler:
             check_durable(task)
         if tasks._count > KEPT:
             account.prune(tasks)
-        limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else inf
+        limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else None
         rival: Any = None
         while True:  # until nobody has taken the key meanwhile
             if task._hash is None:
@@ -132,8 +130,13 @@ class Scheduler:
             else:
                 rival, seen = account.rival(task)
                 answer, replaced = account.accept(task, limit, rival, seen)
-            if answer is not Answer.AGAIN:
+            if answer is not AGAIN:
                 break
+        if replaced:
+            context: Any = rival._context
+            context.copy().run(self.report_end, rival)
+        if answer is WAITS:
+            return
         if answer is Answer.FULL:
             raise BacklogFull(
                 f"{task.name!a} was not accepted: max_pending={self.settings.max_pending} tasks are unfinished, and "
@@ -146,14 +149,10 @@ class Scheduler:
             )
         if answer is Answer.COMPLETE:
             raise _nothing_to_hold_back(task)
-        if replaced:
-            context: Any = rival._context
-            context.copy().run(self.report_end, rival)
-        if answer is Answer.DUE:
-            account.push(account.due, task if tasks._apart else tasks)
-            if not tasks._home.loop.call_soon(self.pump):  # it is gone
-                self.close_outside(task, TaskState.ABANDONED)
-                self.pump()
+        account.push(account.due, task if tasks._apart else tasks)
+        if not tasks._home.loop.call_soon(self.pump):  # it is gone
+            self.close_outside(task, TaskState.ABANDONED)
+            self.pump()
 
     def cancel(self, task: DeferredTask) -> bool:
         return self.close_outside(task, TaskState.CANCELLED, waiting=True)
@@ -165,7 +164,7 @@ class Scheduler:
         apart = self.account.end(tasks, home)
         if apart is None:
             return False
-        if not tasks._unsettled:  # all have ended already
+        if not tasks._unsettled and (tasks._error is not None or tasks._then is not None):  # all have ended already
             tasks._forget_error()
         if home.draining:
             self.expedite(tasks)
@@ -181,10 +180,9 @@ class Scheduler:
         account = self.account
         while account.due.first is not None or account.parked.first is not None:
             run = Run(self)
-            turn = account.take(run)
-            while turn is Turn.SKIPPED:
-                turn = account.take(run)
-            if turn is Turn.NOBODY:
+            while (turn := account.take(run)) is SKIPPED:
+                continue
+            if turn is NOBODY:
                 return
             run.loop = run.home.loop
             if run.task._async:
@@ -295,7 +293,9 @@ class Scheduler:
             self.release(run)
 
     def release(self, run: Run) -> None:
-        self._pass_on(run)
+        """End a run, and start what has its turn now."""
+        if self.account.release(run) and run.then is not None:
+            run.then()
         self.pump()
 
     def _pass_on(self, run: Run) -> None:
@@ -347,7 +347,7 @@ class Scheduler:
         task = run.task
         tasks = task._list
         try:
-            outcome = None if tasks is None else tasks.outcome
+            outcome = None if tasks is None else tasks._outcome
             wanted = outcome is None or lets_through(task.when, outcome)  # None: the barrier has decided
         except BaseException as exc:
             self.finish(run, FAILED, exc)
@@ -372,7 +372,10 @@ class Scheduler:
 
     def finish(self, run: Run, state: TaskState, error: BaseException | None = None) -> None:
         """In the task's context: enter a final state, unless somebody has given up on the task."""
-        if not self._close(run.task, state, error):
+        closed = self.account.close(run.task, state, error)
+        if closed is WON:
+            self.report_end(run.task)
+        elif closed is LOST:
             run.given_up = True
 
     def close_outside(
@@ -386,9 +389,9 @@ class Scheduler:
         self, task: DeferredTask, state: TaskState, error: BaseException | None, *, waiting: bool = False
     ) -> bool:
         closed = self.account.close(task, state, error, waiting=waiting)
-        if closed is Closed.WON:
+        if closed is WON:
             self.report_end(task)
-        return closed is not Closed.LOST
+        return closed is not LOST
 
     def report_end(self, task: DeferredTask) -> None:
         """Report a task's end, settle it, and let go of what it needed to run."""
@@ -399,7 +402,7 @@ class Scheduler:
             if not tasks._home.loop.call_soon(self.pump):
                 self.pump()
         task._let_go()
-        if self.account.settle(task) and tasks._ended:
+        if self.account.settle(task) and tasks._ended and (tasks._error is not None or tasks._then is not None):
             tasks._forget_error()
 
 

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "instructions": counting.instructions,
     "profile": profiling.profile,
     "throughput": serving.throughput,
+    "processor": serving.processor,
     "latency": serving.latency,
     "endpoints": serving.endpoints,
     "memory": serving.memory,

@@ -290,7 +290,7 @@ def one_task(factor: float) -> Result:
         method(rounds, 50),
         anyio.run(_one_task, rounds, "one-task", True),
         [
-            Comparison("ours", "asgi-background", 0.5),
+            Comparison("ours", "asgi-background", 0.8),
             Comparison("a woken task", "asgi-background"),
             Comparison("ours in Starlette", "Starlette"),
             Comparison("ours in FastAPI", "FastAPI"),

@@ -11,24 +11,12 @@ from ._serve import FAST, finish, serve
 METHOD = "uvicorn (httptools, uvloop), load generator as a separate process on loopback"
 
 
+QUICK = ["Starlette", "asgi-background", "ours in Starlette", "FastAPI", "ours in FastAPI"]
+
+
 def throughput(factor: float) -> Result:
     rounds = max(3, round(15 * factor))
-    names = ["Starlette", "asgi-background", "ours in Starlette", "FastAPI", "ours in FastAPI"]
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(serve(name, *FAST)) for name in names}
-        for index in range(-1, rounds):
-            progress(f"throughput: round {index} of {rounds}")
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                before = servers[name].cpu_seconds()
-                figures = servers[name].load("/quick", connections=32, seconds=1.0)
-                used = servers[name].cpu_seconds() - before
-                if figures["errors"]:
-                    raise RuntimeError(f"{name}: {figures}")
-                if index >= 0:
-                    samples[name].append(figures["per_second"])
-                    cpu[name].append(used / figures["requests"] * 1e6)
+    samples, _ = _quick("throughput", rounds)
     return Result(
         "throughput",
         "Requests with one async no-op task each",
@@ -40,8 +28,45 @@ def throughput(factor: float) -> Result:
             Comparison("ours in Starlette", "asgi-background", at_least=True),
             Comparison("ours in FastAPI", "FastAPI", 1.0, at_least=True),
         ],
-        notes=["processor time, µs: " + ", ".join(f"{name} {median(figures):.0f}" for name, figures in cpu.items())],
     )
+
+
+def processor(factor: float) -> Result:
+    rounds = max(3, round(15 * factor))
+    _, samples = _quick("processor", rounds)
+    return Result(
+        "processor",
+        "Processor time of the server for a request with one async no-op task",
+        "µs for each request",
+        f"{METHOD}; 32 connections, {rounds} interleaved rounds of 1 s after a warm-up, medians",
+        samples,
+        [
+            Comparison("ours in Starlette", "Starlette", 1.35),
+            Comparison("asgi-background", "Starlette"),
+            Comparison("ours in FastAPI", "FastAPI"),
+        ],
+    )
+
+
+def _quick(what: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Load all with quick requests; return the requests in a second, and microseconds of processor time for each."""
+    rates: dict[str, list[float]] = {name: [] for name in QUICK}
+    used: dict[str, list[float]] = {name: [] for name in QUICK}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(serve(name, *FAST)) for name in QUICK}
+        for index in range(-1, rounds):
+            progress(f"{what}: round {index} of {rounds}")
+            shift = index % len(QUICK)
+            for name in QUICK[shift:] + QUICK[:shift]:
+                before = servers[name].cpu_seconds()
+                figures = servers[name].load("/quick", connections=32, seconds=1.0)
+                seconds = servers[name].cpu_seconds() - before
+                if figures["errors"]:
+                    raise RuntimeError(f"{name}: {figures}")
+                if index >= 0:
+                    rates[name].append(figures["per_second"])
+                    used[name].append(seconds / figures["requests"] * 1e6)
+    return rates, used
 
 
 def latency(factor: float) -> Result:

@@ -14,7 +14,16 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Runner, RunnerClosed, TaskEvent, TaskState
+from asgi_deferred import (
+    DeferredMiddleware,
+    DeferredTask,
+    DeferredTasks,
+    Runner,
+    RunnerClosed,
+    TaskEvent,
+    TaskState,
+    defer,
+)
 from asgi_deferred import _drains as drains
 
 from .support import (
@@ -342,6 +351,36 @@ async def test_the_task_that_waits_for_a_thread_is_cancelled(by_key: bool) -> No
     finally:
         go.set()
     assert log == ["async", "last", *["replaced"] * by_key]
+    assert_conserved(runner)
+
+
+async def test_entered_while_the_last_entry_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8, G11: a runner that is entered while its cancelled entry waits for a last task takes tasks in the new entry."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    log, runner, cancelled = Log(), Runner(), anyio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.2)
+
+    async def first(scope: anyio.CancelScope) -> None:
+        with scope:
+            async with runner:
+                await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(stubborn)), runner), Log())
+                await anyio.wait_all_tasks_blocked()
+                scope.cancel()
+                await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(first, anyio.CancelScope())
+        await cancelled.wait()
+        async with runner:
+            defer(log.note, "deferred")
+    assert log == ["deferred"]
     assert_conserved(runner)
 
 

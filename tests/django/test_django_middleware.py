@@ -168,7 +168,7 @@ def is_open(raw: sqlite3.Connection) -> bool:
         (aopens, 1, None),
         (opens_both, 2, None),
         (opens_and_fails, 1, None),
-        (opens_and_hangs, 1, 0.01),
+        (opens_and_hangs, 1, 0.3),
         (views.async_task, 0, None),
     ],
 )
