@@ -254,7 +254,7 @@ class Account:
                 if home is not None:
                     home.unsettled += line._unsettled
                 line._home = home
-            if replaces:
+            if rival is not None and replaces:
                 rival.state = CANCELLED
                 if rival in self.running:  # it was about to run
                     run = self.running[rival]  # noqa: F841 - as in `close`

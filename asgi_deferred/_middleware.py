@@ -104,7 +104,7 @@ class DeferredMiddleware:
                 if waiting is not None:
                     await waiting
             elif tasks._error is not None:
-                tasks._forget_error()
+                tasks._wind_up()
 
 
 def _noting(tasks: DeferredTasks, receive: Any) -> Any:

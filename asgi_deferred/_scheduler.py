@@ -164,8 +164,8 @@ class Scheduler:
         apart = self.account.end(tasks, home)
         if apart is None:
             return False
-        if not tasks._unsettled and (tasks._error is not None or tasks._then is not None):  # all have ended already
-            tasks._forget_error()
+        if not tasks._unsettled:  # all have ended already
+            tasks._wind_up()
         if home.draining:
             self.expedite(tasks)
         for task in apart:
@@ -402,8 +402,8 @@ class Scheduler:
             if not tasks._home.loop.call_soon(self.pump):
                 self.pump()
         task._let_go()
-        if self.account.settle(task) and tasks._ended and (tasks._error is not None or tasks._then is not None):
-            tasks._forget_error()
+        if self.account.settle(task) and tasks._ended:
+            tasks._wind_up()
 
 
 def check_durable(task: DeferredTask, *, kept: bool = False) -> None:

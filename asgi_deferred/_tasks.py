@@ -314,7 +314,7 @@ class DeferredTasks(Line):
         self._outcome = self._make_outcome(scope, self._start)
         self._start = self._scope = _NOT_STARTED
 
-    def _forget_error(self) -> None:
+    def _wind_up(self) -> None:
         """All has ended: say so, and keep that the request failed, and not the frames in which it did."""
         if self._then is not None:
             then, self._then = self._then, None
