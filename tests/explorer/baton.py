@@ -46,6 +46,8 @@ class Baton:
         self.random = random
         self.rate = random.choice([0.0, 0.02, 0.2])  # how often a thread is stopped
         self.steps = 0
+        self.now = 0.0  # the time that has passed in this run
+        self.slow = False  # some of it while a thread could run
         self.main = Member()
         self.members = {threading.get_ident(): self.main}
         self.joined = threading.Condition()

@@ -45,6 +45,8 @@ def pass_time(baton: Baton, ready: Callable[[], bool], seconds: float) -> float:
         if not baton.others_may_go() or (seconds < FOREVER and baton.random.random() < EARLY):
             if seconds >= FOREVER:
                 raise Hang("Everybody waits")
+            baton.slow |= baton.others_may_go()
+            baton.now += seconds
             return seconds
         baton.hand_on(ready)
     return 0.0

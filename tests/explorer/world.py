@@ -81,6 +81,7 @@ class World:
         self.works: dict[str, Work] = {}
         self.requests: list[Request] = []
         self.in_threads = 0
+        self.last_end = 0.0  # when a task has reached its final state
         self.opened = False  # what is stuck may end
         self.lives = False  # a lifespan is under way
         self.asynchronous, self.synchronous = ASYNC, SYNC
@@ -220,6 +221,7 @@ class World:
         true = event.state in (TaskState.RUNNING, event.task.state)
         self.expect(true, f"G2: {work.name} is {event.task.state.name}, and its event says {event.state.name}")
         work.events.append(event.state)
+        self.last_end = self.baton.now
         self.probe()
 
     def probe(self) -> None:
@@ -258,6 +260,8 @@ class World:
     def judge_drain(self, start: float, guarantee: str) -> None:
         took, most = anyio.current_time() - start, self.runner.drain_timeout + GRACE
         self.expect(took <= most + SLACK, f"{guarantee}: a drain took {took:.2f} s, not {most:.2f}")
+        idle = min(took, self.baton.now - self.last_end)
+        self.expect(idle <= SLACK or self.baton.slow, f"{guarantee}: a drain ended {idle:.2f} s after the last task")
 
     async def finish(self) -> None:
         """Let go of what is stuck, once all has to be over, and judge the whole."""
