@@ -141,6 +141,23 @@ async def two_entries(world: World) -> None:
 
 
 @scenario
+async def cut(world: World) -> None:
+    """A lifespan is cancelled as its tasks begin."""
+    world.configure(**limits(world))
+
+    async def play() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(world.call)
+        await world.pause()
+        scope.cancel()
+        await anyio.sleep(1)
+
+    with anyio.CancelScope() as scope:
+        await live(world, play)
+
+
+@scenario
 async def calls(world: World) -> None:
     """No lifespan, and calls that are cancelled."""
     await without_lifespan(world)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from math import inf
 from random import Random
 from typing import Any
 
@@ -60,6 +61,9 @@ class Work:
         self.when = when
         self.events: list[TaskState] = []
         self.active = False
+        self.started: float | None = None
+        self.timeout: float | None = None
+        self.obeys = True  # it ends when it is cancelled
         self.task: DeferredTask | None = None
 
     @property
@@ -108,6 +112,8 @@ class World:
             for message in OK:
                 await send(message)
             await self.pause()
+            if self.synchronous and self.random.random() < 0.3:
+                self.thread(lambda: self.add(request))
         finally:
             request.over = True
 
@@ -130,14 +136,16 @@ class World:
         request.added += 1
         name, random = f"{request.number}.{request.added}", self.random
         work = Work(request, name, random.choice(["success", "success", "always"]))
+        work.timeout = random.choice([None, None, random.uniform(0.1, 2)])
         self.works[name] = work
         sync = random.random() < 0.5 if self.synchronous else False
         kind = random.choice(self.synchronous if sync else self.asynchronous)
+        work.obeys = kind != "stubborn"
         adder = request.tasks.options(
             name=name,
             when=work.when,  # type: ignore[arg-type]
             key=random.choice([None, None, "key"]),
-            timeout=random.choice([None, None, random.uniform(0.1, 2)]),
+            timeout=work.timeout,
         )
         try:
             work.task = adder.add_task(self.sync_work if sync else self.async_work, work, kind)
@@ -221,6 +229,12 @@ class World:
         true = event.state in (TaskState.RUNNING, event.task.state)
         self.expect(true, f"G2: {work.name} is {event.task.state.name}, and its event says {event.state.name}")
         work.events.append(event.state)
+        if event.state is TaskState.RUNNING:
+            work.started = self.baton.now
+        took = 0.0 if work.started is None else self.baton.now - work.started
+        most = work.timeout or inf
+        in_time = took <= most + SLACK or not work.obeys or self.baton.slow
+        self.expect(in_time, f"Timeout: {work.name} ran {took:.2f} s, not {most:.2f}")
         self.last_end = self.baton.now
         self.probe()
 
