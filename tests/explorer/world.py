@@ -64,6 +64,7 @@ class Work:
         self.started: float | None = None
         self.timeout: float | None = None
         self.obeys = True  # it ends when it is cancelled
+        self.hinders = False  # an observer of it is stuck, in its thread
         self.task: DeferredTask | None = None
 
     @property
@@ -141,6 +142,7 @@ class World:
         sync = random.random() < 0.5 if self.synchronous else False
         kind = random.choice(self.synchronous if sync else self.asynchronous)
         work.obeys = kind != "stubborn"
+        work.hinders = sync and kind == "stuck" and random.random() < 0.5
         adder = request.tasks.options(
             name=name,
             when=work.when,  # type: ignore[arg-type]
@@ -237,6 +239,11 @@ class World:
         self.expect(in_time, f"Timeout: {work.name} ran {took:.2f} s, not {most:.2f}")
         self.last_end = self.baton.now
         self.probe()
+        if event.state is TaskState.RUNNING and work.hinders:
+            self.in_threads += 1
+            self.baton.slow = True  # as its thread is
+            self.baton.hand_on(lambda: self.opened)
+            self.in_threads -= 1
 
     def probe(self) -> None:
         """Look at the account at any moment."""
