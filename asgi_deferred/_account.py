@@ -374,13 +374,12 @@ class Account:
         """Queue the list of a task that has ended without the thread it waited for."""
         line, queue = task._list, self.due
         with self.lock:
-            if line._parked is task:
-                line._parked = None
-                if queue.last is None:
-                    queue.first = line
-                else:
-                    queue.last._next = line
-                queue.last = line
+            line._parked = None
+            if queue.last is None:
+                queue.first = line
+            else:
+                queue.last._next = line
+            queue.last = line
 
     def follow(self, run: Any) -> bool:
         """Let a run that keeps its place and thread go on to the next task of its list, if that is like its last."""

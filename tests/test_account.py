@@ -516,6 +516,29 @@ async def test_a_late_task_moves_its_list_to_another_home(monkeypatch: pytest.Mo
     assert_conserved(runner)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_call_that_is_cancelled_twice() -> None:
+    """G9: a call that is cancelled again while it drains goes on to drain, until the deadline."""
+    started, runner = anyio.Event(), Runner(drain_timeout=0.05)
+
+    async def task() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    call = asyncio.ensure_future(
+        request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(task)), runner), Log())
+    )
+    await started.wait()
+    for _ in range(3):
+        call.cancel()
+        await asyncio.sleep(0.01)
+    assert not call.done()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert runner.statistics().abandoned == 1
+    assert_conserved(runner)
+
+
 def test_cancelled_calls_on_two_event_loops() -> None:
     """G9: a cancelled call waits for the other cancelled calls of its own event loop alone."""
     runner = Runner(drain_timeout=60)
