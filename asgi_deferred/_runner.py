@@ -166,7 +166,11 @@ class Runner(Settings):
             raise
         finally:
             if cancelled:
-                await outlast(partial(self._drain_cancelled, home))
+                try:
+                    await outlast(partial(self._drain_cancelled, home))
+                finally:  # a call may be closed as it drains
+                    scheduler.cancelled.pop(home, None)
+                    home.waiters.wake()
             rest(home)
             scheduler.account.leave(None, home)
 
@@ -174,16 +178,9 @@ class Runner(Settings):
         """Drain the home of a call that was cancelled, and wait for others: daphne exits when the first has ended."""
         cancelled = self._scheduler.cancelled
         cancelled[home] = None
-        cut = False
-        try:
-            await self._drain(home)
-        except get_cancelled_exc_class():
-            cut = True  # and `outlast` comes back
-            raise
-        finally:
-            if not cut:
-                del cancelled[home]
-                home.waiters.wake()
+        await self._drain(home)  # if it is cut, `outlast` comes back
+        del cancelled[home]
+        home.waiters.wake()
         for other in tuple(cancelled):
             if other.loop.is_running_here():
                 await until(other.waiters, lambda other=other: other not in cancelled)  # type: ignore[misc]
