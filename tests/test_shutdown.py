@@ -498,7 +498,7 @@ async def test_never_running_after_the_final_event() -> None:
     async with runner:
         await request(
             DeferredMiddleware(
-                responder(lambda tasks: tasks.options(name="slow", timeout=0.02).add_task(log.note_sync, "ran")), runner
+                responder(lambda tasks: tasks.options(name="slow", timeout=0.3).add_task(log.note_sync, "ran")), runner
             ),
             Log(),
         )
