@@ -632,7 +632,7 @@ async def test_a_thread_that_was_given_up_counts_until_it_ends() -> None:
         app = DeferredMiddleware(
             responder(
                 lists.append,
-                lambda tasks: [tasks.options(timeout=0.01).add_task(stuck), tasks.add_task(log.note_sync, "next")],
+                lambda tasks: [tasks.options(timeout=0.3).add_task(stuck), tasks.add_task(log.note_sync, "next")],
             ),
             runner,
         )
