@@ -326,7 +326,7 @@ async def test_timed_out_finishes_once(kind: str, signals: list[str]) -> None:
         yield
 
     released.clear()
-    runner = Runner(timeout=0.05, around=[slow] if kind == "around" else [])
+    runner = Runner(timeout=0.3, around=[slow] if kind == "around" else [])
     dj.wrapped(runner)
     async with runner:
         job: Any = {"sync": outlives, "async": hangs_async, "around": never_starts}[kind]
