@@ -1,11 +1,11 @@
 """Run functions after the response has gone out, for any ASGI application."""
 
-from ._account import Statistics, TaskState
 from ._drains import draining
 from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, MiddlewareMissing, RunnerClosed, TaskTimedOut
 from ._middleware import DeferredMiddleware
 from ._outcome import Outcome
 from ._runner import Runner
+from ._states import Statistics, TaskState
 from ._tasks import DeferredTask, DeferredTasks, TaskEvent, current_tasks, defer, tasks_from
 
 __all__ = [

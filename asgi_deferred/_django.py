@@ -22,13 +22,13 @@ from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
 from django.db import connections, reset_queries
 
-from ._account import TaskState
 from ._loops import AsyncioLoop
 from ._middleware import ASGIApp
 from ._middleware import DeferredMiddleware as _DeferredMiddleware
 from ._outcome import Outcome
 from ._runner import Runner
 from ._scheduler import Run, Scheduler
+from ._states import TaskState
 from ._tasks import KEY, DeferredTask, DeferredTasks, current
 
 if TYPE_CHECKING:

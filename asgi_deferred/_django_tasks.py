@@ -37,12 +37,12 @@ from django.utils.crypto import get_random_string
 from django.utils.inspect import is_module_level_function
 from django.utils.json import normalize_json
 
-from ._account import TaskState
 from ._django import DeferredMiddleware
 from ._exceptions import DeferredError
 from ._loops import running_loop
 from ._outcome import check_when
 from ._scheduler import Scheduler
+from ._states import TaskState
 from ._tasks import DeferredTask, DeferredTasks, Options, TaskEvent, check_positive, current
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from ._account import Home, TaskState
 from ._reports import log_abandoned
 from ._scheduler import Scheduler, schedulers
+from ._states import Home, TaskState
 from ._tasks import DeferredTasks, current
 
 GRACE = 1.0

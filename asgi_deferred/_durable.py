@@ -16,11 +16,11 @@ from typing import Any, cast
 
 from anyio import Event, Lock
 
-from ._account import TaskState
 from ._exceptions import EnqueueFailed
 from ._loops import loop_of
 from ._outcome import Outcome, is_final, lets_through
 from ._scheduler import Scheduler
+from ._states import TaskState
 from ._tasks import DeferredTask, DeferredTasks, name_request
 from ._waiting import outlast
 

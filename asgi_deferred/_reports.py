@@ -15,7 +15,7 @@ from time import perf_counter
 from traceback import print_exc
 from typing import Any
 
-from ._account import TaskState
+from ._states import TaskState
 from ._tasks import DeferredTask, TaskEvent
 
 logger = getLogger("asgi_deferred")

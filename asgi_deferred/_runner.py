@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from anyio import get_cancelled_exc_class
 
-from ._account import Home, Statistics, TaskState
 from ._drains import abandon, bury, drain, give_up, rest
 from ._loops import loop_of, running_loop
 from ._outcome import without_error
 from ._scheduler import Scheduler, inside
 from ._settings import Settings
+from ._states import Home, Statistics, TaskState
 from ._tasks import DeferredTasks, current
 from ._waiting import outlast, until, until_empty
 

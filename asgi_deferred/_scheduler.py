@@ -20,13 +20,14 @@ from time import perf_counter
 from typing import Any
 from weakref import WeakSet
 
-from ._account import AGAIN, KEPT, LOST, NOBODY, SKIPPED, WAITS, WON, Account, Answer, Home, Line, TaskState
+from ._account import KEPT, Account
 from ._calls import call_async, call_sync, close_unawaited, timed_out
 from ._engines import recognise
 from ._exceptions import BacklogFull, DeferredError, RunnerClosed, TaskTimedOut
 from ._outcome import lets_through
 from ._reports import report
 from ._settings import Settings
+from ._states import AGAIN, LOST, NOBODY, SKIPPED, WAITS, WON, Answer, Home, Line, TaskState
 from ._tasks import DeferredTask, DeferredTasks
 from ._threads import Threads
 

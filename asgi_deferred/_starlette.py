@@ -24,7 +24,6 @@ from weakref import WeakSet
 from anyio import get_cancelled_exc_class, move_on_after
 from starlette.background import BackgroundTask, BackgroundTasks
 
-from ._account import TaskState, Waiters
 from ._engines import recognise
 from ._functions import name_of, unwrap_partial
 from ._loops import running_loop
@@ -32,6 +31,7 @@ from ._middleware import ASGIApp
 from ._reports import write
 from ._runner import Runner
 from ._scheduler import inside
+from ._states import TaskState, Waiters
 from ._tasks import KEY, DeferredTasks, Options, name_request
 from ._waiting import outlast, until
 

@@ -14,12 +14,12 @@ from time import perf_counter
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
-from ._account import Entry, Line, TaskState
 from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
 from ._functions import is_async, name_of
 from ._loops import running_loop
 from ._outcome import Outcome, When, check_when, without_error
+from ._states import Entry, Line, TaskState
 
 P = ParamSpec("P")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
 
-from ._account import TaskState
 from ._reports import write
+from ._states import TaskState
 from ._tasks import DeferredTasks, current
 
 _DEPTH = 4  # of containers in containers

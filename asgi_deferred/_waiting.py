@@ -8,8 +8,8 @@ from functools import partial
 from anyio import CancelScope, Event, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._account import Home, Waiters
 from ._loops import loop_of, running_loop
+from ._states import Home, Waiters
 
 
 async def until(waiters: Waiters, met: Callable[[], bool]) -> None:

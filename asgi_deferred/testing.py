@@ -26,11 +26,11 @@ from typing import Any
 from unittest.mock import patch
 
 from . import _scheduler
-from ._account import TaskState
 from ._engines import recognise
 from ._functions import is_async
 from ._runner import Runner
 from ._scheduler import Scheduler, check_durable
+from ._states import TaskState
 from ._tasks import DeferredTask, DeferredTasks
 
 __all__ = ["inline", "record"]

@@ -13,9 +13,10 @@ import pytest
 
 from asgi_deferred import _drains as drains
 from asgi_deferred import _scheduler as schedulers
-from asgi_deferred._account import Account, Answer, TaskState, Turn, Waiters
+from asgi_deferred._account import Account
 from asgi_deferred._reports import report
 from asgi_deferred._scheduler import Scheduler
+from asgi_deferred._states import Answer, TaskState, Turn, Waiters
 
 from .explorer import baton as batons
 from .explorer.__main__ import main
