@@ -14,7 +14,8 @@
    any value; `first` of a queue, as whoever adds to a queue looks for its turn afterwards; `unsettled`, which a waiter
    reads after it has said that it waits, and whether anybody `waiting` is there, which is read after that count has
    changed; whether the limit is passed, where one task too many or too few does no harm; `closed` and `draining`;
-   `_all`, as a list is opened once. Each is one attribute or item, read and written as a whole, with the GIL and without.
+   `_all`, as a list is opened once. Each is one attribute or item, read and written as a whole, with the GIL and
+   without.
 """
 
 from __future__ import annotations

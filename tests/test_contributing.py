@@ -12,7 +12,8 @@ SERVICES = "tests/engines/services.py"
 
 def rows(section: str) -> dict[str, str]:
     """The variables of one of the two tables, and their defaults."""
-    tables = dict(zip(("tests", "examples"), TEXT.split("\nThe examples read"), strict=True))
+    names: list[str] = ["tests", "examples"]
+    tables = dict(zip(names, TEXT.split("\nThe examples read"), strict=True))
     found = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| .+ \|$", tables[section], re.MULTILINE)
     return {name: default.strip("`") for name, default in found}
 

@@ -33,6 +33,7 @@ CORE = [
     "_functions",
     "_outcome",
     "_engines",
+    "_states",
     "_account",
     "_loops",
     "_threads",
