@@ -4,8 +4,24 @@
    `lifespan.shutdown`, so that what the application opens and closes is open while tasks run.
 2. The server gets each of `startup.complete` (or `.failed`) and `shutdown.complete` (or `.failed`) once, from the
    application, or from here if that ends without: as Django does, which raises, or an app that returns.
-3. An exception before the application has received anything means that it has no lifespan. Any other passes
-   through: at once before startup completed, and after the drain if it comes later.
+3. An exception passes through: at once before startup completed, and after the drain if it comes later. The exception
+   to this is an application that has no lifespan, and says so.
+
+How an application says that it has no lifespan
+===============================================
+
+4. It returns before it has received anything.
+5. It answers as if it had a request: it sends a message that is not a lifespan's, which servers refuse.
+6. It raises before it has received anything, in the function that looks at the scope. The frame that raised has the
+   scope among its variables. A middleware whose `__init__` fails, which Starlette calls on the first scope it gets,
+   has not: that is a startup that fails, and the server is to see it. The errors are
+
+   - ValueError: Django's `ASGIHandler`, the `ProtocolTypeRouter` of channels, asgiref's `WsgiToAsgi`;
+   - AssertionError: `assert scope["type"] == "http"`, as in Starlette's `Request`, `HTTPEndpoint` and `StaticFiles`;
+   - KeyError: `{"http": handle}[scope["type"]]`, or `scope["path"]`, which only a request has;
+   - NotImplementedError: handwritten.
+
+   A TypeError is not among them: it is what a wrong call raises.
 
 ASGI: Lifespan Protocol, sections "Scope" to "Shutdown Complete".
 """
@@ -15,12 +31,19 @@ from __future__ import annotations
 from asyncio import CancelledError
 from collections.abc import Mapping
 from logging import getLogger
+from traceback import walk_tb
 from typing import Any
 
 from ._runner import Runner
 from ._tasks import KEY
 
 logger = getLogger("asgi_deferred")
+
+# What an application that knows requests only looks up in vain.
+OF_REQUESTS = (
+    *("method", "scheme", "http_version", "path", "raw_path", "root_path", "query_string", "headers"),
+    *("client", "server", "subprotocols"),
+)
 
 
 async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
@@ -54,7 +77,7 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         try:
             await app({**scope, KEY: block.tasks}, receive_and_drain, send_and_note)
         except Exception as exc:
-            if not received:
+            if not received and (_refuses_the_scope(exc) or not all(kind.startswith("lifespan.") for kind in sent)):
                 logger.debug("The application has no lifespan: %r", exc)
             elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
                 logger.exception("The application's lifespan ended early; tasks still run")
@@ -72,3 +95,12 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
             raise
     finally:
         await runner._leave(block, error)
+
+
+def _refuses_the_scope(error: Exception) -> bool:
+    """Whether an application has raised because the scope is a lifespan's (rule 6)."""
+    by_key = isinstance(error, KeyError) and any(key in ("lifespan", *OF_REQUESTS) for key in error.args)
+    if not by_key and not isinstance(error, (ValueError, AssertionError, NotImplementedError)):
+        return False
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return any(isinstance(value, dict) and value.get("type") == "lifespan" for value in frame.f_locals.values())

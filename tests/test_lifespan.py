@@ -9,10 +9,14 @@ from typing import Any
 
 import anyio
 import pytest
+from asgiref.wsgi import WsgiToAsgi
+from django.core.handlers.asgi import ASGIHandler
+from starlette.applications import Starlette
+from starlette.staticfiles import StaticFiles
 
 from asgi_deferred import DeferredMiddleware, Runner, defer, tasks_from
 
-from .support import Log, assert_conserved, lifespan, request, responder
+from .support import OK, Log, assert_conserved, lifespan, request, responder
 
 pytestmark = pytest.mark.anyio
 
@@ -106,6 +110,130 @@ async def test_each_message_once(steps: list[str], transcript: list[str]) -> Non
     wrapped = DeferredMiddleware(app_that(*steps))
     for _ in range(2):
         assert await drive(wrapped) == transcript
+
+
+async def asserting(scope: Any, receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+
+
+async def dispatching(scope: Any, receive: Any, send: Any) -> None:
+    await {"http": asserting}[scope["type"]](scope, receive, send)
+
+
+async def reading_the_path(scope: Any, receive: Any, send: Any) -> None:
+    scope["path"]
+
+
+async def not_implemented(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] != "http":
+        raise NotImplementedError
+
+
+async def like_channels(scope: Any, receive: Any, send: Any) -> None:
+    """As the `ProtocolTypeRouter` of channels does."""
+    applications: dict[str, Any] = {"http": asserting}
+    if scope["type"] not in applications:
+        raise ValueError(f"No application configured for scope type {scope['type']!r}")
+
+
+async def answering(scope: Any, receive: Any, send: Any) -> None:
+    for message in OK:
+        await send(message)
+
+
+async def copying(scope: Any, receive: Any, send: Any) -> None:
+    """A middleware that hands on a scope of its own, and catches what it does not change."""
+    try:
+        await asserting(dict(scope), receive, send)
+    except AssertionError as exc:
+        raise exc from None
+
+
+wsgi: Any = WsgiToAsgi(answering)  # type: ignore[no-untyped-call]
+WITHOUT_LIFESPAN = [
+    *[asserting, dispatching, reading_the_path, not_implemented, like_channels, answering, copying],
+    *[StaticFiles(directory="."), wsgi, object.__new__(ASGIHandler)],
+]
+
+
+@pytest.mark.parametrize("app", WITHOUT_LIFESPAN, ids=lambda app: getattr(app, "__name__", type(app).__name__))
+async def test_an_application_without_lifespan(app: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """G10: for an application that says it has no lifespan, each in its way, the server gets each message once."""
+    caplog.set_level(logging.DEBUG, "asgi_deferred")
+
+    async def strict(scope: Any, receive: Any, send: Any) -> None:
+        async def refuse(message: Any) -> None:
+            assert message["type"].startswith("lifespan.")  # as servers do
+            await send(message)
+
+        await DeferredMiddleware(app)(scope, receive, refuse)
+
+    assert await drive(strict) == [STARTUP, STARTED, SHUTDOWN, STOPPED]
+    (record,) = (record for record in caplog.records if record.name == "asgi_deferred")
+    assert record.getMessage().startswith("The application has no lifespan: ")
+
+
+class Broken:
+    """A middleware that cannot be made."""
+
+    def __init__(self, app: Any, error: Exception) -> None:
+        raise error
+
+
+def broken_starlette(error: Exception) -> Any:
+    app = Starlette()
+    app.add_middleware(Broken, error=error)  # type: ignore[arg-type]
+    return app
+
+
+def inline(error: Exception) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    return app
+
+
+async def wrongly_called(scope: Any) -> None: ...
+
+
+async def configured(scope: Any, receive: Any, send: Any) -> None:
+    config: dict[str, str] = {}
+    config["DATABASE_URL"]
+
+
+@pytest.mark.parametrize(
+    ("app", "raised"),
+    [
+        *[
+            (broken_starlette(error), f"raised {error!r}")
+            for error in (ValueError("no url"), KeyError("lifespan"), AssertionError(), NotImplementedError())
+        ],
+        *[
+            (inline(error), f"raised {error!r}")
+            for error in (RuntimeError("no url"), TypeError(), OSError(), KeyError())
+        ],
+        (configured, "raised KeyError('DATABASE_URL')"),
+        (wrongly_called, "raised TypeError('wrongly_called() takes 1 positional argument but 3 were given')"),
+    ],
+)
+async def test_a_startup_that_fails(app: Any, raised: str) -> None:
+    """G10: an error before the application received anything reaches the server as it does without the middleware."""
+    assert await drive(app) == [raised]
+    assert await drive(DeferredMiddleware(app)) == [raised]
+
+
+async def test_served_after_a_startup_that_failed() -> None:
+    """G9: a server that goes on without a lifespan gets each request's tasks run in the request's call."""
+    log = Log()
+    serving = responder(lambda tasks: tasks.add_task(log.note, "task"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (inline(OSError()) if scope["type"] == "lifespan" else serving)(scope, receive, send)
+
+    wrapped = DeferredMiddleware(app)
+    assert await drive(wrapped) == ["raised OSError()"]
+    await request(wrapped, log)
+    assert log == ["http.response.start", "http.response.body", "task", "returned"]
 
 
 async def test_an_early_end_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -324,6 +324,13 @@ APPS: dict[str, Any] = {
 }
 
 
+class BrokenMiddleware:
+    """One that Starlette cannot make. It tries on the first scope that it gets, which is the lifespan's."""
+
+    def __init__(self, app: Any) -> None:
+        raise ValueError("the middleware is broken")
+
+
 class NotedLifespan:
     """Outside the middleware: notes which messages the server sends and gets."""
 
@@ -348,3 +355,7 @@ class NotedLifespan:
 
 app = NotedLifespan(DeferredMiddleware(_dispatch, runner))
 django_only = NotedLifespan(DeferredMiddleware(django_app, runner))
+
+broken = Starlette()
+broken.add_middleware(BrokenMiddleware)  # type: ignore[arg-type]
+broken_wrapped = DeferredMiddleware(broken)

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 from websockets.sync.client import connect
 
-from .harness import ALL, GRANIAN, H11, HYPERCORN, HYPERCORN_H2, Kind, Server, raw_request, read_until, serve, tasks
+from .harness import (
+    ALL,
+    GRANIAN,
+    H11,
+    HYPERCORN,
+    HYPERCORN_H2,
+    HYPERCORN_TRIO,
+    Kind,
+    Server,
+    raw_request,
+    read_until,
+    serve,
+    tasks,
+)
 
 pytestmark = pytest.mark.servers
 
@@ -147,3 +160,31 @@ def test_application_without_lifespan(kind: Kind, tmp_path: Path) -> None:
         assert server.lines("one") == ["request_finished", "held RUNNING", "held SUCCEEDED"]
         messages = [line.split()[1] for line in server.lines("-")]
         assert messages == ["startup", "startup.complete", "shutdown", "shutdown.complete"]
+
+
+@pytest.mark.parametrize("app", ["apps:broken", "apps:broken_wrapped"])
+def test_startup_fails(app: str, tmp_path: Path) -> None:
+    """G10: under uvicorn's `--lifespan on` an application that fails before it receives its startup is not served."""
+    with (
+        pytest.raises(AssertionError, match=r"(?s)the middleware is broken.*Application startup failed\. Exiting\."),
+        serve(H11.with_options("--lifespan", "on"), tmp_path, app=app),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("app", ["apps:broken", "apps:broken_wrapped"])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (H11.with_options("--lifespan", "auto"), "ASGI 'lifespan' protocol appears unsupported."),
+        (HYPERCORN, "ASGI Framework Lifespan error"),
+        (HYPERCORN_TRIO, "ASGI Framework Lifespan error"),
+        (GRANIAN, "ASGI Lifespan errored"),
+    ],
+    ids=str,
+)
+def test_startup_fails_and_the_server_goes_on(app: str, kind: Kind, says: str, tmp_path: Path) -> None:
+    """G10: a server that goes on without a lifespan says so of a failed startup, and still ends when it is told."""
+    with serve(kind, tmp_path, app=app) as server:
+        server.wait_for_log(says)
+        server.stop()
