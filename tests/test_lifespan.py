@@ -125,20 +125,16 @@ async def reading_the_path(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def not_implemented(scope: Any, receive: Any, send: Any) -> None:
-    if scope["type"] != "http":
-        raise NotImplementedError
+    raise NotImplementedError(scope["type"])
 
 
 async def like_channels(scope: Any, receive: Any, send: Any) -> None:
     """As the `ProtocolTypeRouter` of channels does."""
-    applications: dict[str, Any] = {"http": asserting}
-    if scope["type"] not in applications:
-        raise ValueError(f"No application configured for scope type {scope['type']!r}")
+    raise ValueError(f"No application configured for scope type {scope['type']!r}")
 
 
 async def answering(scope: Any, receive: Any, send: Any) -> None:
-    for message in OK:
-        await send(message)
+    await send(OK[0])
 
 
 async def copying(scope: Any, receive: Any, send: Any) -> None:
