@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
-from ._functions import is_async
+from ._functions import is_async, name_of
 
 _LIKE_BODY = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
 
@@ -74,6 +74,17 @@ class Outcome:
         below_400 = self.status is None or (isinstance(self.status, int) and self.status < 400)
         object.__setattr__(self, "success", complete and self.error is None and below_400)
 
+    def describe(self) -> str:
+        """Say in a few words how the request ended."""
+        said = []
+        if self.status is not None:
+            said.append(f"status {self.status:d}" if isinstance(self.status, int) else "a status that is no number")
+        if not self.complete and self.type == "http":
+            said.append("no complete response" if self.error else "no complete response, as when the client leaves")
+        if self.error is not None:
+            said.append(ascii(type(self.error).__name__)[1:-1])
+        return ", ".join(said) or "success"
+
     def without_error(self) -> Outcome:
         """Return the same outcome, no more successful, without the exception and its frames."""
         outcome = Outcome(self.type, self.status, self.complete)
@@ -85,9 +96,10 @@ class Outcome:
 without_error = lru_cache(typed=True)(Outcome)
 
 
-When: TypeAlias = Literal["success", "complete", "failure", "always"] | Callable[[Outcome], bool]
+_Rule: TypeAlias = Literal["success", "complete", "failure", "always"]
+When: TypeAlias = _Rule | Callable[[Outcome], bool]
 
-WHEN = ("success", "complete", "failure", "always")
+WHEN: tuple[_Rule, ...] = ("success", "complete", "failure", "always")
 
 
 def check_when(when: object) -> None:
@@ -109,3 +121,21 @@ def lets_through(when: When, outcome: Outcome) -> bool:
     if when == "complete":
         return outcome.complete
     return bool(when(outcome))
+
+
+_RULES = {
+    "success": "when='success' runs a task only after a complete response below 400 and no error",
+    "complete": "when='complete' runs a task only after a complete response",
+    "failure": "when='failure' runs a task only after an error, a status of 400 or above, or no complete response",
+}
+
+
+def name_when(when: When) -> str:
+    return f"when={when if isinstance(when, str) else name_of(when)!a}"
+
+
+def explain_skip(when: When, outcome: Outcome) -> str:
+    """Say by which rule a task was skipped, and which others would have let it run."""
+    rule = _RULES[when] if isinstance(when, str) else "the function returned false"
+    others = ", ".join(f'options(when="{other}")' for other in WHEN if lets_through(other, outcome))
+    return f"{rule}; these would have run it: {others}"

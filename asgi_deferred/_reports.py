@@ -3,6 +3,7 @@
 1. A report is made outside the account's lock and in the context of the task. It never raises, whatever an observer,
    or a handler, filter or formatter of the log, does.
 2. Each final state makes one event and, where it is not what the user wanted, one line in the log. DEBUG has the rest.
+   That tasks were skipped is said at INFO, with what to write instead, once for each line of code that adds them.
 3. A line names the task, the place that added it, and the request. It is one line, cut to length, with no argument.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from logging import DEBUG, ERROR, getLogger
+from logging import DEBUG, ERROR, INFO, getLogger
 from time import perf_counter
 from traceback import print_exc
 from typing import Any
 
+from ._outcome import explain_skip
 from ._states import TaskState
 from ._tasks import DeferredTask, TaskEvent
 
@@ -65,6 +67,9 @@ def describe(task: DeferredTask) -> str:
 
 
 def _log(task: DeferredTask, state: TaskState) -> None:
+    if state is TaskState.SKIPPED:
+        _log_skipped(task)
+        return
     error, text = task.error, describe(task)
     if state is FAILED:
         write(ERROR, "Failed: %s%s", text, _hint(task), error=error)
@@ -80,6 +85,17 @@ def _log(task: DeferredTask, state: TaskState) -> None:
         write(ERROR, "Cancelled, and not by the runner: %s", text, error=error)
     else:
         write(DEBUG, "%s: %s", state.value.capitalize(), text)
+
+
+def _log_skipped(task: DeferredTask) -> None:
+    if not logger.isEnabledFor(INFO):
+        return
+    why, tasks, mark = f"{describe(task)}: {task._why[:LONGEST]}", task._list, object()
+    if tasks._host.told.setdefault(task.added_at, mark) is mark:
+        rule = explain_skip(task.when, tasks.outcome)
+        write(INFO, "Skipped: %s; %s (said once for this line; DEBUG has every task)", why, rule)
+    else:
+        write(DEBUG, "Skipped: %s", why)
 
 
 def _hint(task: DeferredTask) -> str:

@@ -38,7 +38,13 @@ class Defaults(Protocol):
 
 
 class Host(Protocol):
-    """What runs the tasks of a list."""
+    """What runs the tasks of a list.
+
+    Attributes:
+        told: What the log has said already and says once, such as for each place that adds tasks.
+    """
+
+    told: dict[str, object]
 
     @property
     def settings(self) -> Defaults:
@@ -61,7 +67,8 @@ class TaskEvent:
     Attributes:
         task: The task.
         state: RUNNING, or the task's final state.
-        outcome: How its request ended; `None` if the task ended before its request did.
+        outcome: How its request ended; `None` if the task ended before its request did. A SKIPPED task was skipped
+            because of it, by the rule in `task.when`; `repr(task)` says so in a few words.
         queued: Seconds from `add_task` to the start (to the end, if it never started).
         duration: Seconds from the start to now; 0.0 if it never started.
         error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran.
@@ -124,6 +131,7 @@ class DeferredTask(Entry):
         "_name",
         "_request",
         "_started",
+        "_why",
         "args",
         "func",
         "key",
@@ -135,6 +143,7 @@ class DeferredTask(Entry):
     durable: bool
     error: BaseException | None
     state: TaskState
+    _why: str  # it was SKIPPED; not set in other states
     _context: Context | None
     _call: Any  # a callable; None once it has ended
 
@@ -211,7 +220,8 @@ class DeferredTask(Entry):
         self._context = self._call = None
 
     def __repr__(self) -> str:
-        return f"<DeferredTask {self.name!r} {self.state.name} added at {self.added_at}>"
+        why = f" ({self._why})" if self.state is TaskState.SKIPPED else ""
+        return f"<DeferredTask {self.name!r} {self.state.name}{why} added at {self.added_at}>"
 
 
 class DeferredTasks(Line):

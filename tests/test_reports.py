@@ -1,0 +1,170 @@
+"""What is said of tasks that were skipped: in the log, in `repr(task)`, and to observers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+
+from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Outcome, Runner, TaskEvent, TaskState
+from asgi_deferred.starlette import DeferredRoute
+
+from .support import Log, http_scope, lifespan, no_more_messages, request, responder, response
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return the log's lines, without the task's name and place."""
+    caplog.set_level(logging.DEBUG, "asgi_deferred")
+
+    def said() -> list[str]:
+        lines = [f"{each.levelname} {each.getMessage()}" for each in caplog.records if each.name == "asgi_deferred"]
+        return [re.sub(r"deferred task '.*?', added at \S+:\d+, request 'GET /': ", "", line) for line in lines]
+
+    return said
+
+
+def never(outcome: Outcome) -> bool:
+    return False
+
+
+ONCE = "(said once for this line; DEBUG has every task)"
+SUCCESS = "when='success' runs a task only after a complete response below 400 and no error"
+COMPLETE = "when='complete' runs a task only after a complete response"
+FAILURE = "when='failure' runs a task only after an error, a status of 400 or above, or no complete response"
+HALF: list[dict[str, Any]] = [
+    {"type": "http.response.start", "status": 200, "headers": []},
+    {"type": "http.response.body", "body": b"h", "more_body": True},
+]
+
+
+def fail(_: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("when", "app", "why", "rule", "others"),
+    [
+        ("success", responder(messages=response(404)), "status 404", SUCCESS, ["complete", "failure", "always"]),
+        ("success", responder(fail), "no complete response, ZeroDivisionError", SUCCESS, ["failure", "always"]),
+        (
+            "success",
+            responder(messages=HALF),
+            "status 200, no complete response, as when the client leaves",
+            SUCCESS,
+            ["failure", "always"],
+        ),
+        (
+            "complete",
+            responder(messages=[]),
+            "no complete response, as when the client leaves",
+            COMPLETE,
+            ["failure", "always"],
+        ),
+        ("failure", responder(), "status 200", FAILURE, ["success", "complete", "always"]),
+        (never, responder(), "status 200", "the function returned false", ["success", "complete", "always"]),
+        (
+            "success",
+            responder(messages=[{**HALF[0], "status": "200 OK"}, *response(200)[1:]]),
+            "a status that is no number",
+            SUCCESS,
+            ["complete", "failure", "always"],
+        ),
+    ],
+)
+async def test_why_a_task_was_skipped(
+    when: Any, app: Any, why: str, rule: str, others: list[str], said: Callable[[], list[str]]
+) -> None:
+    """G11: one INFO line tells the outcome, the rule and what to write instead; `repr(task)` and the event say why."""
+    events: list[tuple[TaskState, bool, bool]] = []
+    named = "when='never'" if when is never else f"when={when!r}"
+
+    def observer(event: TaskEvent) -> None:
+        events.append((event.state, f"SKIPPED ({why}, {named}) added" in repr(event), event.outcome is not None))
+
+    added: list[DeferredTask] = []
+
+    def add(tasks: DeferredTasks) -> None:
+        added.append(tasks.options(when=when).add_task(print))
+
+    async def both(scope: Any, receive: Any, send: Any) -> None:
+        await responder(add, messages=[])(scope, receive, send)
+        await app(scope, receive, send)
+
+    wrapped = DeferredMiddleware(both, Runner(observers=[observer]))
+    try:
+        await request(wrapped, Log())
+    except ZeroDivisionError:
+        pass
+    (task,) = added
+    assert repr(task) == f"<DeferredTask 'print' SKIPPED ({why}, {named}) added at {task.added_at}>"
+    assert events == [(TaskState.SKIPPED, True, True)]
+    instead = ", ".join(f'options(when="{other}")' for other in others)
+    assert said() == [f"INFO Skipped: {why}, {named}; {rule}; these would have run it: {instead} {ONCE}"]
+
+
+async def test_a_websocket_that_succeeded(said: Callable[[], list[str]]) -> None:
+    """G11: of a websocket, too, the log says why its task was skipped."""
+    add: Any = responder(lambda tasks: tasks.options(when="failure").add_task(print), messages=[])
+    await DeferredMiddleware(add)({"type": "websocket", "path": "/"}, no_more_messages, Log().send)
+    (line,) = said()
+    assert f"request 'websocket /': success, when='failure'; {FAILURE}" in line
+
+
+async def test_once_for_each_line(said: Callable[[], list[str]]) -> None:
+    """G11: each line that adds tasks has one INFO line, however many it adds in whatever requests; DEBUG has the rest."""
+
+    def add(tasks: DeferredTasks) -> None:
+        for secret in ("hunter1", "hunter2"):
+            tasks.add_task(print, secret)
+        tasks.add_task(print, "another line")
+
+    wrapped = DeferredMiddleware(responder(add, messages=response(500)))
+    async with lifespan(wrapped):
+        for _ in range(3):
+            await request(wrapped, Log())
+            await wrapped.runner.wait_idle()
+    lines = said()[1:]  # the application has no lifespan
+    first, again, other, *rest = (line.partition(";")[0] for line in lines)
+    assert [first, again, other] == [
+        f"{level} Skipped: status 500, when='success'" for level in ("INFO", "DEBUG", "INFO")
+    ]
+    assert rest == [again] * 6
+    assert len([line for line in lines if ONCE in line]) == 2
+    assert "hunter" not in "".join(lines)
+
+
+async def test_said_when_somebody_listens(caplog: pytest.LogCaptureFixture) -> None:
+    """G11: what nobody was told, as the log's level was higher, is said once the level is INFO."""
+    wrapped = DeferredMiddleware(responder(lambda tasks: tasks.add_task(print), messages=response(500)))
+    for level in (logging.WARNING, logging.INFO, logging.INFO):
+        caplog.set_level(level, "asgi_deferred")
+        await request(wrapped, Log())
+    assert [(record.name, record.levelname) for record in caplog.records] == [("asgi_deferred", "INFO")]
+
+
+async def test_a_background_task_that_was_moved(caplog: pytest.LogCaptureFixture) -> None:
+    """G11: of a response's own background task the line names the endpoint, and the same rule."""
+    caplog.set_level(logging.INFO, "asgi_deferred")
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("hello", background=BackgroundTask(print))
+
+    async def gone(message: Any) -> None:
+        raise BrokenPipeError
+
+    app = DeferredMiddleware(Starlette(routes=[DeferredRoute("/", endpoint)]))
+    with pytest.raises(BrokenPipeError):
+        await app(http_scope(), no_more_messages, gone)
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "asgi_deferred")
+    assert f"added at {__file__}:{endpoint.__code__.co_firstlineno}, request 'GET /'" in line
+    assert f"no complete response, BrokenPipeError, when='complete'; {COMPLETE}" in line
