@@ -70,7 +70,7 @@ ERROR = ValueError("x")
 def test_when(outcome: Outcome, success: bool, runs: list[str]) -> None:
     """Each row of the table of `when` holds."""
     assert outcome.success is success
-    assert [when for when in WHEN if lets_through(when, outcome)] == runs  # type: ignore[arg-type]
+    assert [when for when in WHEN if lets_through(when, outcome)] == runs
 
 
 def test_callable_when() -> None:
@@ -87,7 +87,7 @@ def test_callable_when() -> None:
 )
 def test_when_is_a_partition(outcome: Outcome) -> None:
     """Of "success" and "failure" each request lets through one, and success implies completeness."""
-    let_through = {when for when in WHEN if lets_through(when, outcome)}  # type: ignore[arg-type]
+    let_through = {when for when in WHEN if lets_through(when, outcome)}
     assert "always" in let_through
     assert len(let_through & {"success", "failure"}) == 1
     assert not ("success" in let_through and "complete" not in let_through)
