@@ -36,8 +36,11 @@ class _ProcrastinateDeferrer(Protocol[P]):
     def defer_async(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
 
 
-# For type checkers: what is an engine's task without being callable.
 EngineTask: TypeAlias = _Enqueued[P] | _Django[P] | _TaskiqKicker[P] | _ProcrastinateDeferrer[P]
+"""What is an engine's task without being callable, with the parameters `P` of its function.
+
+`add_task` takes a `Callable[P, Any] | EngineTask[P]`. It is for type checkers, and for nothing at run time.
+"""
 
 
 def _itself(task: Any) -> Any:

@@ -98,6 +98,7 @@ without_error = lru_cache(typed=True)(Outcome)
 
 _Rule: TypeAlias = Literal["success", "complete", "failure", "always"]
 When: TypeAlias = _Rule | Callable[[Outcome], bool]
+"""After which requests a task runs: "success", "complete", "failure", "always", or a function of the `Outcome`."""
 
 WHEN: tuple[_Rule, ...] = ("success", "complete", "failure", "always")
 

@@ -13,7 +13,9 @@ from ._outcome import When, check_when
 from ._tasks import DeferredTask, TaskEvent, check_count, check_positive
 
 Observer: TypeAlias = Callable[[TaskEvent], object]
+"""A function that is told when a task starts and when it ends: `Runner(observers=[...])`."""
 Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
+"""A function that makes the context manager that is entered around a task's call: `Runner(around=[...])`."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

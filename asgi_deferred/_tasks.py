@@ -390,6 +390,8 @@ current: ContextVar[DeferredTasks | None] = ContextVar("asgi_deferred", default=
 def current_tasks() -> DeferredTasks:
     """Return the task list of the request in whose context this is called, threads included.
 
+    It is also how deep code defers with options: `current_tasks().options(when="always").add_task(audit, user)`.
+
     Raises:
         MiddlewareMissing: There is none.
     """
@@ -404,6 +406,8 @@ def current_tasks() -> DeferredTasks:
 
 def defer(func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
     """Add a task to the current request's list: `current_tasks().add_task(func, *args, **kwargs)`.
+
+    All arguments are the function's. With options: `current_tasks().options(...).add_task(func, *args, **kwargs)`.
 
     Raises:
         MiddlewareMissing: There is no current request.

@@ -10,6 +10,7 @@ import tomllib
 from enum import Enum
 from importlib import import_module, metadata
 from inspect import isclass, isfunction, ismodule, signature
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
@@ -102,6 +103,19 @@ def test_all_is_sorted_and_complete(module: str) -> None:
     assert public.keys() <= set(namespace["__all__"])
 
 
+def aliases() -> Iterator[tuple[str, str]]:
+    """The package's type aliases, which are objects of `typing`, each with the docstring below it."""
+    for module in HOUSE:
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+        for alias, below in pairwise(tree.body):
+            match alias, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    yield name, text
+
+
+ALIASES = dict(aliases())
+
+
 def members(value: Any) -> Iterator[tuple[str, Any]]:
     """The public methods and attributes of a class of ours."""
     if isclass(value) and not issubclass(value, Enum):
@@ -113,8 +127,8 @@ def test_every_name_is_ours_and_documented(module: str, name: str) -> None:
     """Each public name has a docstring, which also names each attribute and parameter that has none of its own."""
     value = getattr(import_module(module), name)
     value = value.__origin__ if get_origin(value) is Annotated else value
-    text = value.__doc__ or ""
-    assert value.__module__.partition(".")[0] == "asgi_deferred"
+    text = ALIASES.get(name) or value.__doc__ or ""
+    assert name in ALIASES or value.__module__.partition(".")[0] == "asgi_deferred"
     assert text
     undocumented = [
         member_name

@@ -7,8 +7,8 @@ Each refused line carries an ignore comment, and mypy and pyright both report on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, assert_type
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, assert_type
 
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -16,14 +16,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from asgi_deferred import (
+    Around,
+    ASGIApp,
     DeferredMiddleware,
     DeferredTask,
     DeferredTasks,
+    EngineTask,
+    Observer,
     Outcome,
     Runner,
     Statistics,
+    TaskAdder,
     TaskEvent,
     TaskState,
+    When,
     current_tasks,
     defer,
     tasks_from,
@@ -34,7 +40,10 @@ if TYPE_CHECKING:
 
     from asgiref.typing import ASGI3Application, HTTPScope
     from starlette.requests import HTTPConnection
-    from starlette.types import ASGIApp, Scope
+    from starlette.types import ASGIApp as StarletteASGIApp
+    from starlette.types import Scope
+
+P = ParamSpec("P")
 
 
 def an_asgiref_application_is_wrapped(app: ASGI3Application) -> DeferredMiddleware:
@@ -45,11 +54,11 @@ def the_middleware_is_an_asgiref_application(app: DeferredMiddleware) -> ASGI3Ap
     return app
 
 
-def a_starlette_application_is_wrapped(app: ASGIApp) -> DeferredMiddleware:
+def a_starlette_application_is_wrapped(app: StarletteASGIApp) -> DeferredMiddleware:
     return DeferredMiddleware(app, Runner())
 
 
-def the_middleware_is_a_starlette_application(app: DeferredMiddleware) -> ASGIApp:
+def the_middleware_is_a_starlette_application(app: DeferredMiddleware) -> StarletteASGIApp:
     return app
 
 
@@ -121,6 +130,31 @@ def options_are_checked(tasks: DeferredTasks) -> None:
     tasks.options(timeout="5")  # type: ignore[arg-type]
     tasks.options(retries=3)  # type: ignore[call-arg]
     tasks.options("always")  # type: ignore[call-arg]
+
+
+def audited(when: When, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
+    """A helper of a service layer has names for all that it passes on."""
+    adder: TaskAdder = current_tasks().options(when=when)
+    return adder.add_task(func, *args, **kwargs)
+
+
+def enqueued(job: EngineTask[[int]]) -> DeferredTask:
+    return current_tasks().add_task(job, 1)
+
+
+def application(app: ASGIApp, observers: list[Observer], around: list[Around]) -> ASGIApp:
+    return DeferredMiddleware(app, Runner(observers=observers, around=around))
+
+
+def helpers_are_checked() -> None:
+    assert_type(audited("failure", charge, 1, cents=2), DeferredTask)
+    audited(lambda outcome: outcome.complete, charge, 1, 2)
+    application(Starlette(), [observe], [span])
+
+    audited("sometimes", charge, 1, 2)  # type: ignore[arg-type]
+    audited("failure", charge, "1", 2)  # type: ignore[arg-type]
+    enqueued(charge)  # type: ignore[arg-type]
+    application(Starlette(), [span, send], [])  # type: ignore[list-item]
 
 
 def lists_are_found(scope: HTTPScope, starlettes: Scope, connection: HTTPConnection) -> None:
