@@ -8,15 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from starlette.applications import Starlette
-from starlette.background import BackgroundTask
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
 
 from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Outcome, Runner, TaskEvent, TaskState
-from asgi_deferred.starlette import DeferredRoute
 
-from .support import Log, http_scope, lifespan, no_more_messages, request, responder, response
+from .support import Log, lifespan, no_more_messages, request, responder, response
 
 pytestmark = pytest.mark.anyio
 
@@ -150,21 +145,3 @@ async def test_said_when_somebody_listens(caplog: pytest.LogCaptureFixture) -> N
         caplog.set_level(level, "asgi_deferred")
         await request(wrapped, Log())
     assert [(record.name, record.levelname) for record in caplog.records] == [("asgi_deferred", "INFO")]
-
-
-async def test_a_background_task_that_was_moved(caplog: pytest.LogCaptureFixture) -> None:
-    """G11: of a response's own background task the line names the endpoint, and the same rule."""
-    caplog.set_level(logging.INFO, "asgi_deferred")
-
-    async def endpoint(request: Request) -> PlainTextResponse:
-        return PlainTextResponse("hello", background=BackgroundTask(print))
-
-    async def gone(message: Any) -> None:
-        raise BrokenPipeError
-
-    app = DeferredMiddleware(Starlette(routes=[DeferredRoute("/", endpoint)]))
-    with pytest.raises(BrokenPipeError):
-        await app(http_scope(), no_more_messages, gone)
-    (line,) = (record.getMessage() for record in caplog.records if record.name == "asgi_deferred")
-    assert f"added at {__file__}:{endpoint.__code__.co_firstlineno}, request 'GET /'" in line
-    assert f"no complete response, BrokenPipeError, when='complete'; {COMPLETE}" in line
