@@ -451,9 +451,9 @@ class Account:
                 if loop in self.homes and self.homes[loop] is home:
                     del self.homes[loop]
 
-    def unfinished(self, home: Home) -> list[Any]:
-        """Return what is PENDING or RUNNING in a home."""
-        lines = [line for line in tuple(self.lines) if line._home is home]
+    def unfinished(self, home: Home | None = None) -> list[Any]:
+        """Return what is PENDING or RUNNING in a home, or in all."""
+        lines = [line for line in tuple(self.lines) if home is None or line._home is home]
         return [task for line in lines for task in tuple(line._all) if task.state in (PENDING, RUNNING)]
 
     def is_over_limit(self) -> bool:

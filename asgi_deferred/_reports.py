@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from logging import DEBUG, ERROR, INFO, getLogger
-from time import perf_counter
 from traceback import print_exc
 from typing import Any
 
@@ -32,11 +31,7 @@ def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[T
     if state is not RUNNING and (state is not SUCCEEDED or logger.isEnabledFor(DEBUG)):
         _log(task, state)
     if observers:
-        now = perf_counter()
-        started = task._started or now
-        tasks = task._list
-        error = None if state is RUNNING else task.error
-        event = TaskEvent(task, state, tasks.outcome, started - task._added, now - started, error)
+        event = TaskEvent.now(task, task._list, state)
         for observer in observers:
             try:
                 observer(event)

@@ -15,7 +15,7 @@ from ._outcome import without_error
 from ._scheduler import Scheduler, inside
 from ._settings import Settings
 from ._states import Home, Statistics, TaskState
-from ._tasks import DeferredTasks, current
+from ._tasks import DeferredTasks, TaskEvent, current
 from ._waiting import outlast, until, until_empty
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Block:
         self.tasks._complete = self.tasks._ended = True
         self.tasks._outcome = without_error("lifespan", complete=True)
         self.tasks._home = self.home
+        self.tasks._ended_at = 0.0
         self.before = current.get()
 
 
@@ -190,6 +191,24 @@ class Runner(Settings):
     def statistics(self) -> Statistics:
         """Return the counts of tasks by state."""
         return self._scheduler.account.statistics()
+
+    def tasks(self) -> list[TaskEvent]:
+        """Return what is unfinished now, in the order accepted. Safe from any thread."""
+        unfinished = sorted(self._scheduler.account.unfinished(), key=lambda task: task._added)
+        seen = [(task, task._list, task.state) for task in unfinished]
+        return [
+            TaskEvent.now(task, tasks, state)
+            for task, tasks, state in seen
+            if tasks is not None and state in (TaskState.PENDING, TaskState.RUNNING)  # else it has ended just now
+        ]
+
+    @property
+    def oldest(self) -> float:
+        """For how many seconds the longest-waiting task could have started; 0.0 if none waits.
+
+        It counts from the end of the task's request, so that an open websocket raises no alarm.
+        """
+        return max((event.waited for event in self.tasks() if event.state is TaskState.PENDING), default=0.0)
 
     @property
     def running(self) -> list[str]:

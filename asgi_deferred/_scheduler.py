@@ -163,6 +163,7 @@ class Scheduler:
         """Run the list of a request that has ended; return False if the home is closed."""
         if tasks._all is None:
             self.account.open(tasks, apart=self.settings.concurrent)
+        tasks._ended_at = perf_counter()
         apart = self.account.end(tasks, home)
         if apart is None:
             return False

@@ -62,15 +62,16 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
-    """What an observer gets, once when a task starts and once when it ends.
+    """A task at one moment: what an observer gets when it starts and when it ends, and what `Runner.tasks()` returns.
 
     Attributes:
         task: The task.
-        state: RUNNING, or the task's final state.
+        state: RUNNING, or the task's final state; from `Runner.tasks()` PENDING or RUNNING.
         outcome: How its request ended; `None` if the task ended before its request did. A SKIPPED task was skipped
             because of it, by the rule in `task.when`; `repr(task)` says so in a few words.
-        queued: Seconds from `add_task` to the start (to the end, if it never started).
-        duration: Seconds from the start to now; 0.0 if it never started.
+        queued: Seconds from `add_task` to the start, or to this moment if it has not started.
+        waited: The same from the moment that its request had ended, or it was added if that came later; 0.0 before.
+        duration: Seconds from the start to this moment; 0.0 if it has not started.
         error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran.
     """
 
@@ -78,8 +79,17 @@ class TaskEvent:
     state: TaskState
     outcome: Outcome | None
     queued: float
+    waited: float
     duration: float
     error: BaseException | None
+
+    @classmethod
+    def now(cls, task: DeferredTask, tasks: DeferredTasks, state: TaskState) -> TaskEvent:
+        now = perf_counter()
+        started = task._started or now
+        waited = max(0.0, started - max(task._added, tasks._ended_at))
+        error = None if state is TaskState.RUNNING else task.error
+        return cls(task, state, tasks.outcome, started - task._added, waited, now - started, error)
 
 
 class Options(NamedTuple):
@@ -231,6 +241,7 @@ class DeferredTasks(Line):
     All of it is safe to use from any thread. Of many tasks that have ended it keeps the last few dozen only.
     """
 
+    _ended_at = inf  # when its request had ended
     _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
     _unbounded = False  # no limit refuses its tasks: its response has gone out, and promised them
     _then: Callable[[], object] | None = None  # called once, when the request and all of its tasks have ended

@@ -231,6 +231,18 @@ class Machine(RuleBasedStateMachine):
         assert counts.accepted == sum(counts[1:])
         assert min(counts) >= 0
 
+    @invariant()
+    def watched(self) -> None:
+        """G2: what is unfinished is listed as it is counted, in the order accepted."""
+        counts, events = self.runner.statistics(), self.runner.tasks()
+        states = Counter(event.state for event in events)
+        if counts == self.runner.statistics():  # else a thread has gone on meanwhile
+            assert (states[TaskState.PENDING], states[TaskState.RUNNING]) == (counts.pending, counts.running)
+            assert states.total() == counts.pending + counts.running
+        order = {id(task): number for number, task in enumerate(self.accepted)}
+        assert [event.task for event in events] == sorted((e.task for e in events), key=lambda task: order[id(task)])
+        assert all(0 <= event.waited <= event.queued for event in events)
+
     def teardown(self) -> None:
         if self.lifespan is not None:
             self.shut_down()
