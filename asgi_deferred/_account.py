@@ -21,6 +21,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from threading import RLock
 from typing import Any
 
@@ -77,6 +78,7 @@ class Account:
         with self.lock:
             if line._all is None:
                 line._count = line._position = line._unsettled = 0
+                line._ended_at = inf
                 line._active = False
                 line._apart = apart
                 line._next = line._parked = line._home = line._keys = None

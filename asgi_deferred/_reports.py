@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from logging import DEBUG, ERROR, INFO, getLogger
 from traceback import print_exc
 from typing import Any
@@ -28,7 +29,7 @@ RUNNING, SUCCEEDED, FAILED = TaskState.RUNNING, TaskState.SUCCEEDED, TaskState.F
 
 def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[TaskEvent], object]]) -> None:
     """Report that a task has entered a state, in its context."""
-    if state is not RUNNING and (state is not SUCCEEDED or logger.isEnabledFor(DEBUG)):
+    if state is not RUNNING and logger.isEnabledFor(DEBUG if state is SUCCEEDED else _level(task, state)):
         _log(task, state)
     if observers:
         event = TaskEvent.now(task, task._list, state)
@@ -36,7 +37,9 @@ def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[T
             try:
                 observer(event)
             except BaseException as exc:
-                write(ERROR, "Observer %r failed on %s", observer, describe(task), error=exc)
+                write(
+                    ERROR, "Observer %r failed on %s", observer, describe(task), error=exc, extra=_fields(task, state)
+                )
 
 
 def log_abandoned(seconds: float, tasks: Iterable[DeferredTask]) -> None:
@@ -45,15 +48,30 @@ def log_abandoned(seconds: float, tasks: Iterable[DeferredTask]) -> None:
     write(ERROR, "drain_timeout=%s s is over; abandoning deferred tasks: %s", seconds, left)
 
 
-def write(level: int, message: str, *args: Any, error: BaseException | None = None) -> None:
+def write(
+    level: int, message: str, *args: Any, error: BaseException | None = None, extra: dict[str, Any] | None = None
+) -> None:
     """Write to the log, whatever its handlers do."""
     try:
-        logger.log(level, message, *args, exc_info=error)
+        logger.log(level, message, *args, exc_info=error, extra=extra)
     except BaseException:
         try:
             print_exc()
         except BaseException:  # stderr is gone as well
             return
+
+
+def _fields(task: DeferredTask, state: TaskState) -> dict[str, Any]:
+    """Return what a log line says of a task, for those who read it by program."""
+    event = TaskEvent.now(task, task._list, state)
+    return {
+        "task_name": _short(task.name)[1:-1],
+        "task_state": state.name,
+        "task_added_at": task.added_at,
+        "task_request": _short(task.request)[1:-1],
+        "task_queued": event.queued,
+        "task_duration": event.duration,
+    }
 
 
 def describe(task: DeferredTask) -> str:
@@ -62,35 +80,36 @@ def describe(task: DeferredTask) -> str:
 
 
 def _log(task: DeferredTask, state: TaskState) -> None:
-    if state is TaskState.SKIPPED:
-        _log_skipped(task)
-        return
     error, text = task.error, describe(task)
+    say = partial(write, error=error, extra=_fields(task, state))
     if state is FAILED:
-        write(ERROR, "Failed: %s%s", text, _hint(task), error=error)
+        say(ERROR, "Failed: %s%s", text, _hint(task))
     elif state is TaskState.TIMED_OUT:
         still = "" if task._async else "; it is a sync function, so its thread still runs"
         if task._enqueues:
             still = "; whether its engine has it is unknown"
-        write(ERROR, "Timed out after %s s: %s%s", task.timeout, text, still, error=error)
+        say(ERROR, "Timed out after %s s: %s%s", task.timeout, text, still)
     elif state is TaskState.ABANDONED:
         still = "; it still runs" if task._started and error is None else ""
-        write(ERROR, "Abandoned at shutdown: %s%s", text, still, error=error)
+        say(ERROR, "Abandoned at shutdown: %s%s", text, still)
     elif error is not None:
-        write(ERROR, "Cancelled, and not by the runner: %s", text, error=error)
+        say(ERROR, "Cancelled, and not by the runner: %s", text)
+    elif state is not TaskState.SKIPPED:
+        say(DEBUG, "%s: %s", state.value.capitalize(), text)
     else:
-        write(DEBUG, "%s: %s", state.value.capitalize(), text)
+        why, tasks, mark = f"{text}: {task._why[:LONGEST]}", task._list, object()
+        if tasks._host.told.setdefault(task.added_at, mark) is mark:
+            rule = explain_skip(task.when, tasks.outcome)
+            say(INFO, "Skipped: %s; %s (said once for this line; DEBUG has every task)", why, rule)
+        else:
+            say(DEBUG, "Skipped: %s", why)
 
 
-def _log_skipped(task: DeferredTask) -> None:
-    if not logger.isEnabledFor(INFO):
-        return
-    why, tasks, mark = f"{describe(task)}: {task._why[:LONGEST]}", task._list, object()
-    if tasks._host.told.setdefault(task.added_at, mark) is mark:
-        rule = explain_skip(task.when, tasks.outcome)
-        write(INFO, "Skipped: %s; %s (said once for this line; DEBUG has every task)", why, rule)
-    else:
-        write(DEBUG, "Skipped: %s", why)
+def _level(task: DeferredTask, state: TaskState) -> int:
+    """Return the most urgent level at which there may be something to say of a task that has not succeeded."""
+    if state is TaskState.SKIPPED:
+        return INFO
+    return DEBUG if state is TaskState.CANCELLED and task.error is None else ERROR
 
 
 def _hint(task: DeferredTask) -> str:

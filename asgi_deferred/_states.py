@@ -143,6 +143,7 @@ class Line:
     _count: int  # of `_all`
     _position: int  # before it no task is PENDING
     _unsettled: int
+    _ended_at: float  # when the request had ended; infinite before
     _active: bool
     _apart: bool  # each task on its own, and not one after the other
     _next: Any

@@ -241,7 +241,6 @@ class DeferredTasks(Line):
     All of it is safe to use from any thread. Of many tasks that have ended it keeps the last few dozen only.
     """
 
-    _ended_at = inf  # when its request had ended
     _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
     _unbounded = False  # no limit refuses its tasks: its response has gone out, and promised them
     _then: Callable[[], object] | None = None  # called once, when the request and all of its tasks have ended

@@ -11,7 +11,7 @@ import pytest
 
 from asgi_deferred import DeferredMiddleware, DeferredTask, DeferredTasks, Outcome, Runner, TaskEvent, TaskState
 
-from .support import Log, lifespan, no_more_messages, request, responder, response
+from .support import Log, http_scope, lifespan, no_more_messages, request, responder, response
 
 pytestmark = pytest.mark.anyio
 
@@ -145,3 +145,36 @@ async def test_said_when_somebody_listens(caplog: pytest.LogCaptureFixture) -> N
         caplog.set_level(level, "asgi_deferred")
         await request(wrapped, Log())
     assert [(record.name, record.levelname) for record in caplog.records] == [("asgi_deferred", "INFO")]
+
+
+async def test_fields(caplog: pytest.LogCaptureFixture) -> None:
+    """G3: what a line says of a task is in flat fields of its record as well, cut and escaped, with no argument."""
+    caplog.set_level(logging.DEBUG, "asgi_deferred")
+
+    async def fails(secret: str) -> None:
+        raise ValueError
+
+    def add(tasks: DeferredTasks) -> None:
+        tasks.options(name="first\n" + "x" * 1000, when="always").add_task(fails, "hunter2")
+        tasks.add_task(fails, "hunter2").cancel()
+
+    wrapped = DeferredMiddleware(responder(add))
+    await wrapped(http_scope(path="/\n" + "y" * 60_000), no_more_messages, Log().send)
+    said = [
+        {name: value for name, value in vars(record).items() if name.startswith("task_")} for record in caplog.records
+    ]
+    for fields in said:
+        assert 0 <= fields.pop("task_queued")
+        assert 0 <= fields.pop("task_duration")
+    line = add.__code__.co_firstlineno + 1
+    name = fails.__qualname__
+    assert said == [
+        {"task_name": name, "task_state": "CANCELLED", "task_added_at": f"{__file__}:{line + 1}", "task_request": ""},
+        {
+            "task_name": r"first\n" + "x" * 192 + "...",
+            "task_state": "FAILED",
+            "task_added_at": f"{__file__}:{line}",
+            "task_request": r"GET /\n" + "y" * 192 + "...",
+        },
+    ]
+    assert "hunter" not in repr([vars(record) for record in caplog.records])
