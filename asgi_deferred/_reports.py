@@ -32,7 +32,7 @@ def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[T
     if state is not RUNNING and logger.isEnabledFor(DEBUG if state is SUCCEEDED else _level(task, state)):
         _log(task, state)
     if observers:
-        event = TaskEvent.now(task, task._list, state)
+        event = TaskEvent._now(task, task._list, state)
         for observer in observers:
             try:
                 observer(event)
@@ -63,7 +63,7 @@ def write(
 
 def _fields(task: DeferredTask, state: TaskState) -> dict[str, Any]:
     """Return what a log line says of a task, for those who read it by program."""
-    event = TaskEvent.now(task, task._list, state)
+    event = TaskEvent._now(task, task._list, state)
     return {
         "task_name": _short(task.name)[1:-1],
         "task_state": state.name,

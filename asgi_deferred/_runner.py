@@ -197,7 +197,7 @@ class Runner(Settings):
         unfinished = sorted(self._scheduler.account.unfinished(), key=lambda task: task._added)
         seen = [(task, task._list, task.state) for task in unfinished]
         return [
-            TaskEvent.now(task, tasks, state)
+            TaskEvent._now(task, tasks, state)
             for task, tasks, state in seen
             if tasks is not None and state in (TaskState.PENDING, TaskState.RUNNING)  # else it has ended just now
         ]

@@ -84,7 +84,7 @@ class TaskEvent:
     error: BaseException | None
 
     @classmethod
-    def now(cls, task: DeferredTask, tasks: DeferredTasks, state: TaskState) -> TaskEvent:
+    def _now(cls, task: DeferredTask, tasks: DeferredTasks, state: TaskState) -> TaskEvent:
         now = perf_counter()
         started = task._started or now
         waited = max(0.0, started - max(task._added, tasks._ended_at))
