@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from logging import DEBUG, ERROR, INFO, getLogger
+from logging import DEBUG, ERROR, INFO, WARNING, getLogger
 from traceback import print_exc
 from typing import Any
 
 from ._outcome import explain_skip
 from ._states import TaskState
-from ._tasks import DeferredTask, TaskEvent
+from ._tasks import DeferredTask, DeferredTasks, TaskEvent
 
 logger = getLogger("asgi_deferred")
 
@@ -46,6 +46,19 @@ def log_abandoned(seconds: float, tasks: Iterable[DeferredTask]) -> None:
     names = Counter(_short(task.name) for task in tasks)
     left = ", ".join(f"{name} ({count})" for name, count in names.items())
     write(ERROR, "drain_timeout=%s s is over; abandoning deferred tasks: %s", seconds, left)
+
+
+def warn_mounted(tasks: DeferredTasks) -> None:
+    """Warn once of a middleware that no lifespan reaches, on a server that runs one."""
+    if _is_first(tasks, "mounted"):
+        write(
+            WARNING,
+            "The tasks of request %s run inside its call, and a server may drop them when it shuts down: this "
+            "DeferredMiddleware wraps a mounted application or a route, which no lifespan reaches. Wrap the outermost "
+            "application instead, or enter the runner, `async with runner:`, in the outermost one's lifespan. "
+            "(said once)",
+            _short(tasks._request),
+        )
 
 
 def write(
@@ -97,8 +110,8 @@ def _log(task: DeferredTask, state: TaskState) -> None:
     elif state is not TaskState.SKIPPED:
         say(DEBUG, "%s: %s", state.value.capitalize(), text)
     else:
-        why, tasks, mark = f"{text}: {task._why[:LONGEST]}", task._list, object()
-        if tasks._host.told.setdefault(task.added_at, mark) is mark:
+        why, tasks = f"{text}: {task._why[:LONGEST]}", task._list
+        if _is_first(tasks, task.added_at):
             rule = explain_skip(task.when, tasks.outcome)
             say(INFO, "Skipped: %s; %s (said once for this line; DEBUG has every task)", why, rule)
         else:
@@ -110,6 +123,12 @@ def _level(task: DeferredTask, state: TaskState) -> int:
     if state is TaskState.SKIPPED:
         return INFO
     return DEBUG if state is TaskState.CANCELLED and task.error is None else ERROR
+
+
+def _is_first(tasks: DeferredTasks, what: str) -> bool:
+    """Whether the runner has not been told of something before; in one thread only, if several ask at a time."""
+    mark = object()
+    return tasks._host.told.setdefault(what, mark) is mark
 
 
 def _hint(task: DeferredTask) -> str:

@@ -12,6 +12,7 @@ from anyio import get_cancelled_exc_class
 from ._drains import abandon, bury, drain, give_up, rest
 from ._loops import loop_of, running_loop
 from ._outcome import without_error
+from ._reports import warn_mounted
 from ._scheduler import Scheduler, inside
 from ._settings import Settings
 from ._states import Home, Statistics, TaskState
@@ -145,6 +146,8 @@ class Runner(Settings):
         """Have run what the request deferred, in the background; return what the call has to await, if anything."""
         account = self._scheduler.account
         home = account.homes.get(tasks._loop)
+        if home is None and tasks._below_a_router and tasks._all:
+            warn_mounted(tasks)
         if home is None or not self._scheduler.end(tasks, home):
             return self._run_here(tasks)
         if account.is_over_limit() and not isinstance(tasks._error, get_cancelled_exc_class()):

@@ -41,7 +41,7 @@ class Host(Protocol):
     """What runs the tasks of a list.
 
     Attributes:
-        told: What the log has said already and says once, such as for each place that adds tasks.
+        told: What the log has said already and says once, such as for each line of code that adds tasks.
     """
 
     told: dict[str, object]
@@ -244,6 +244,7 @@ class DeferredTasks(Line):
     _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
     _unbounded = False  # no limit refuses its tasks: its response has gone out, and promised them
     _then: Callable[[], object] | None = None  # called once, when the request and all of its tasks have ended
+    _below_a_router = False  # the middleware is, so that the server's lifespan does not reach it
 
     def __init__(self, host: Host, scope: Mapping[str, Any]) -> None:
         self._host = host
@@ -330,6 +331,8 @@ class DeferredTasks(Line):
     def _end(self) -> None:
         """Keep which request it was and how it ended, and no header and no message of it."""
         scope = self._scope
+        if "router" in scope and "state" in scope:  # from Starlette's router, and from a server that runs lifespans
+            self._below_a_router = True
         self._request = name_request(scope)
         self._outcome = self._make_outcome(scope, self._start)
         self._start = self._scope = _NOT_STARTED

@@ -27,7 +27,7 @@ from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import HTTPConnection
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, TaskEvent, tasks_from
@@ -355,6 +355,18 @@ class NotedLifespan:
 
 app = NotedLifespan(DeferredMiddleware(_dispatch, runner))
 django_only = NotedLifespan(DeferredMiddleware(django_app, runner))
+
+mounted = Starlette(routes=[Mount("/sub", DeferredMiddleware(raw, runner))])
+
+
+@asynccontextmanager
+async def _run(_: Starlette) -> AsyncIterator[None]:
+    async with runner:
+        yield
+        note("shutdown")
+
+
+mounted_entered = Starlette(routes=mounted.routes, lifespan=_run)
 
 broken = Starlette()
 broken.add_middleware(BrokenMiddleware)  # type: ignore[arg-type]

@@ -372,6 +372,41 @@ def test_daphne_application_close_timeout(tmp_path: Path) -> None:
         assert server.lines("held") == [*ENDED, "two RUNNING", "two ABANDONED"]
 
 
+# Mounted
+
+
+WARNING = "this DeferredMiddleware wraps a mounted application or a route, which no lifespan reaches"
+
+
+@pytest.mark.parametrize("kind", [H11, GRANIAN], ids=str)
+def test_mounted(kind: Kind, tmp_path: Path) -> None:
+    """G11: a middleware on a mounted application only is warned of before granian drops its tasks; uvicorn waits."""
+    with serve(kind, tmp_path, app="apps:mounted") as server:
+        server.get("/sub/plain" + tasks("one:gated", request="held"))
+        server.wait_for("held one RUNNING")
+        server.wait_for_log(WARNING)
+        server.send_signal()
+        if kind is not GRANIAN:
+            server.wait_until_closed()
+            server.open_gate("held.one")
+        server.wait()
+        assert server.lines("held") == (HELD if kind is GRANIAN else ENDED)
+
+
+@pytest.mark.parametrize("kind", [H11, HYPERCORN, HYPERCORN_TRIO, GRANIAN], ids=str)
+def test_mounted_and_entered(kind: Kind, tmp_path: Path) -> None:
+    """G8: with `async with runner:` in the outermost lifespan, the tasks of a mounted application are waited for."""
+    with serve(kind, tmp_path, app="apps:mounted_entered") as server:
+        server.get("/sub/plain" + tasks("one:gated", request="held"))
+        server.wait_for("held one RUNNING")
+        server.send_signal()
+        server.wait_for("- shutdown")
+        server.open_gate("held.one")
+        server.wait()
+        assert server.lines("held") == ENDED
+        assert WARNING not in server.log()
+
+
 # Overload
 
 
