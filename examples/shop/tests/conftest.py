@@ -26,7 +26,9 @@ class Mailbox:
     async def start(self) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(lambda: SMTP(self), "127.0.0.1", 0)
 
-    async def handle_RCPT(self, server: SMTP, session: Session, envelope: Envelope, address: str, options: object) -> str:
+    async def handle_RCPT(
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: object
+    ) -> str:
         if address.startswith("nobody@"):
             return "550 no such user"
         envelope.rcpt_tos.append(address)
