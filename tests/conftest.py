@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("examples.shop.tests")  # which tests/test_shop.py runs
-
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {}),
     "uvloop": ("asyncio", {"use_uvloop": True}),

@@ -50,7 +50,7 @@ TASKS = {
     "test_catalog_test_picture": ["store", "show_picture", "count_view"],
     "test_catalog_test_import": ["import_products", "count_view", "count_view"],
     "test_orders_test_order": ORDER,
-    "test_orders_test_not_enough_in_stock": ["count_view"],
+    "test_orders_test_not_enough_in_stock": ["Mailer.send", "count_view"],
     "test_orders_test_return": [*ORDER, *ORDER],
     "test_orders_test_invoice": [*ORDER, "Path.unlink"],
 }

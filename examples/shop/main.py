@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import perf_counter
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request, Response
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from starlette.middleware.base import RequestResponseEndpoint
 from starlette.staticfiles import StaticFiles
 
 from . import admin, catalog, orders, stock
@@ -31,6 +33,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         await engine.dispose()
 
     app = FastAPI(title="Shop", lifespan=lifespan)
+    app.middleware("http")(time_request)
+    app.exception_handler(orders.OutOfStock)(orders.refuse)
     api = APIRouter(prefix="/api")
     api.include_router(catalog.router)
     api.include_router(orders.router)
@@ -39,3 +43,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.mount("/admin", admin.app)
     app.mount("/media", StaticFiles(directory=settings.media))
     return app
+
+
+async def time_request(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    began = perf_counter()
+    response = await call_next(request)
+    response.headers["server-timing"] = f"app;dur={(perf_counter() - began) * 1000:.1f}"
+    return response

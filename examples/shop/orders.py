@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Depends, HTTPException
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, BackgroundTasks, Depends, HTTPException, Request
+from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from starlette.background import BackgroundTask
 
 from .catalog import find_product
 from .models import Order
-from .resources import Opened, Session
+from .resources import Opened, Session, get_resources
 
 
 class OrderIn(BaseModel):
@@ -27,6 +27,10 @@ class OrderOut(OrderIn):
 
     id: int
     returned: bool
+
+
+class OutOfStock(Exception):
+    """Raised when there is less of a product than was ordered."""
 
 
 router = APIRouter(prefix="/orders", tags=["orders"])
@@ -52,9 +56,15 @@ async def place(order: OrderIn, session: Session, opened: Opened, background: Ba
     )
     background.add_task(opened.hub.publish, {"product": product.id, "stock": product.stock})
     if product.stock < 0:
-        raise HTTPException(409, "not enough in stock")  # nothing is committed, mailed or published
+        raise OutOfStock(product.name)  # so nothing is committed, and the customer gets no mail
     await session.commit()
     return placed
+
+
+async def refuse(request: Request, error: OutOfStock) -> JSONResponse:
+    opened = get_resources(request)
+    tell = BackgroundTask(opened.mailer.send, opened.settings.owner, "Out of stock", f"Customers want more {error}.")
+    return JSONResponse({"detail": f"not enough {error} in stock"}, status_code=409, background=tell)
 
 
 @router.get("/{order_id}/invoice")

@@ -11,8 +11,9 @@ def test_views_are_counted(client: TestClient, tea: int) -> None:
 
 
 def test_no_such_product(client: TestClient) -> None:
-    """A product that does not exist is a 404."""
-    assert client.get("/api/products/7").status_code == 404
+    """A product that does not exist is a 404, and its answer is timed as any other."""
+    answer = client.get("/api/products/7")
+    assert (answer.status_code, answer.headers["server-timing"][:8]) == (404, "app;dur=")
 
 
 def test_picture(client: TestClient, tea: int) -> None:

@@ -23,10 +23,10 @@ def test_order(client: TestClient, mailbox: Mailbox, tea: int) -> None:
 
 
 def test_not_enough_in_stock(client: TestClient, mailbox: Mailbox, tea: int) -> None:
-    """An order of more than there is changes nothing, and nobody gets a mail."""
+    """An order of more than there is changes nothing, and the owner gets a mail instead of the customer."""
     assert order(client, tea, quantity=4) == 409
     assert client.get(f"/api/products/{tea}").json()["stock"] == 3
-    assert mailbox.mails == []
+    assert mailbox.mails == [("owner@example.org", "Out of stock", "Customers want more tea.")]
 
 
 def test_return(client: TestClient, mailbox: Mailbox, tea: int) -> None:
