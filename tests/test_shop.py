@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import logging
 import smtplib
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
+import anyio
+import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi import __version__ as fastapi_version
 from fastapi.testclient import TestClient
@@ -116,6 +124,66 @@ def test_a_refused_mail_fails_alone(
 def line_that_adds(what: str) -> int:
     [line] = [line for line, text in enumerate(inspect.getsource(admin).splitlines(), 1) if what in text]
     return line
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def host(app: FastAPI) -> AsyncIterator[str]:
+    """The shop under uvicorn."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        await running
+
+
+class Errors(logging.Handler):
+    """Set an event at the first error in the log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.first = anyio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.first.set()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("app", "expected"), [("plain", "cut off"), ("moved", 201)], indirect=["app"])
+async def test_the_next_request_on_a_connection(
+    host: str, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch, expected: object
+) -> None:
+    """G3: plain, a task that fails closes the connection while the client's next request is on it; moved over, it does not."""
+    refusing, refuse, errors = threading.Event(), mailbox.handle_RCPT, Errors()
+
+    async def refuse_later(*args: Any) -> str:
+        await asyncio.to_thread(refusing.wait)
+        return await refuse(*args)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"name": "tea", '
+        refusing.set()
+        with anyio.fail_after(30):
+            await errors.first.wait()
+        yield b'"stock": 3}'
+
+    monkeypatch.setattr(mailbox, "handle_RCPT", refuse_later)
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers, errors])
+    got: object
+    async with httpx.AsyncClient(base_url=host, limits=httpx.Limits(max_connections=1), trust_env=False) as client:
+        newsletter = {"recipients": ["nobody@example.org"], "text": "Tea is back."}
+        assert (await client.post("/admin/newsletter", json=newsletter, headers=TOKEN)).status_code == 202
+        try:
+            answer = await client.post("/api/products", content=body(), headers={"content-type": "application/json"})
+            got = answer.status_code
+        except httpx.TransportError:
+            got = "cut off"
+    assert got == expected
 
 
 @pytest.mark.parametrize(("app", "written"), [("plain", False), ("moved", True)], indirect=["app"])
