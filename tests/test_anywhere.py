@@ -142,6 +142,7 @@ def test_a_signal_handler_that_counts_and_defers() -> None:
 
     async def main() -> None:
         async with runner:
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
             while len(sums) < 50:
                 await app(http_scope(), no_more_messages, Log().send)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -149,7 +150,6 @@ def test_a_signal_handler_that_counts_and_defers() -> None:
 
     before = signal.signal(signal.SIGALRM, strike)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         asyncio.run(main())
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -7,6 +7,7 @@ import gc
 import sys
 from collections import Counter
 from contextvars import Context
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -95,6 +96,7 @@ def test_allocations_without_tasks() -> None:
         for each in (app, wrapped):
             tracked(each)
         run = Context().run  # an empty one: a context is a tree, and grows objects with what others have set
-        assert run(tracked, wrapped) - run(tracked, app) <= OBJECTS
+        ours, bare = (median(run(tracked, each) for _ in range(5)) for each in (wrapped, app))  # a thread may end
+        assert ours - bare <= OBJECTS
     finally:
         gc.enable()
