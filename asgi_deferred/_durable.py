@@ -3,15 +3,17 @@
 1. It stands before the start of a response, and again before its final message, for tasks added in between.
 2. It asks `when` about the outcome to be expected: this status, complete, no error. A task that is not let through
    waits for the request's real end, as any other does.
-3. The first refusal ends it. Before the start, the client gets a 503 from here; after it, the final message is
-   withheld. Either way `send` raises EnqueueFailed, now and for every message after it, and the request is neither
-   complete nor a success, so that the tasks it leaves are skipped unless they ask for failures.
+3. The first refusal ends it. Before the start, the client gets the runner's `unavailable` or a plain 503, with the
+   headers that let a browser read it; after it, the final message is withheld. Either way `send` raises EnqueueFailed,
+   now and for every message after it, and the request is neither complete nor a success, so that the tasks it leaves
+   are skipped unless they ask for failures.
 4. From the first durable task on, messages pass one at a time, so that none overtakes one that is held back.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from logging import ERROR
 from typing import Any, cast
 
 from anyio import Event, Lock
@@ -19,25 +21,57 @@ from anyio import Event, Lock
 from ._exceptions import EnqueueFailed
 from ._loops import loop_of
 from ._outcome import Outcome, is_final, lets_through
+from ._reports import write
 from ._scheduler import Scheduler
 from ._states import TaskState
-from ._tasks import DeferredTask, DeferredTasks, name_request
+from ._tasks import KEY, DeferredTask, DeferredTasks, name_request
 from ._waiting import outlast
 
 _BODY = b"Service Unavailable: the work could not be queued. Try again."
 
 
-def unavailable() -> dict[str, Any]:
-    """Make the start of a 503. Middleware further out may add headers to it."""
+async def _plain_503(send: Any) -> None:
     headers = [
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"content-length", str(len(_BODY)).encode()),
         (b"retry-after", b"5"),
     ]
-    return {"type": "http.response.start", "status": 503, "headers": headers}
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": _BODY})
 
 
-async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
+async def _answer(tasks: DeferredTasks, receive: Any, send: Any, refused: Any) -> bool:
+    """Answer in place of a response whose start was refused; return whether the client has a whole answer."""
+    kept = [(name, value) for name, value in refused.get("headers", ()) if _lets_read(name.lower())]
+    whole = False
+
+    async def send_answer(message: Any) -> None:
+        nonlocal whole
+        if "status" in message:
+            headers = list(message.get("headers", ()))
+            own = {name.lower() for name, _ in headers}
+            headers += [header for header in kept if header[0].lower() not in own]
+            message = tasks._start = {**message, "headers": headers}
+        whole = whole or is_final(tasks._start, message)
+        await send(message)
+
+    app = cast("Scheduler", tasks._host).settings.unavailable
+    if app is not None:
+        try:
+            await app({**tasks._scope, KEY: tasks}, receive, send_answer)
+        except Exception as exc:
+            write(ERROR, "The application unavailable=%r failed", app, error=exc)
+    if not tasks._start:
+        await _plain_503(send_answer)
+    return whole
+
+
+def _lets_read(name: bytes) -> bool:
+    """Whether a header says who may read a response, and not what is in it."""
+    return name == b"vary" or name.startswith(b"access-control-")
+
+
+async def hold(tasks: DeferredTasks, receive: Any, send: Any, message: Any) -> None:
     """Send a message of a response that has durable tasks: its start and its end once those tasks are stored."""
     if tasks._barrier is None:
         tasks._barrier = Lock()
@@ -52,10 +86,7 @@ async def hold(tasks: DeferredTasks, send: Any, message: Any) -> None:
             except EnqueueFailed as exc:
                 tasks._error = exc
                 if starts:
-                    exc.answered = True
-                    tasks._start = unavailable()
-                    await send(tasks._start)
-                    await send({"type": "http.response.body", "body": _BODY})
+                    exc.answered = await _answer(tasks, receive, send, message)
         if tasks._error is not None:
             raise tasks._error
         if starts:

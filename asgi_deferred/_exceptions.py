@@ -27,12 +27,13 @@ class RunnerClosed(DeferredError):
 class EnqueueFailed(DeferredError):
     """Raised out of the application's `send` when an engine did not take a durable task.
 
-    Before the response started the client has got a 503 instead of it, and this exception ends at the middleware;
-    let it pass, and what is open around the response, such as a transaction, rolls back. In the middle of a
-    response it goes on to the server, which breaks the response off. `__cause__` is the engine's error.
+    Before the response started the client has got a 503, or the answer of `Runner(unavailable=...)`, instead of it,
+    and this exception ends at the middleware; let it pass, and what is open around the response, such as a
+    transaction, rolls back. In the middle of a response it goes on to the server, which breaks the response off.
+    `__cause__` is the engine's error.
     """
 
-    answered = False  # whether the client has got a 503
+    answered = False  # whether the client has got an answer
 
 
 class TaskTimedOut(TimeoutError):

@@ -1,8 +1,8 @@
 """The middleware: a guard, a closure and a forward.
 
 1. The list is in the scope, a copy, and is the current one before the application is called.
-2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks. Whether a message was the final one
-   is noted before it is forwarded.
+2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks and the answer to its refusal. Whether
+   a message was the final one is noted before it is forwarded.
 3. A request is registered from its first task on, as a server may shut down before its call has ended.
 4. Tasks are handed over after the application's call has ended, however it ended.
 """
@@ -72,7 +72,7 @@ class DeferredMiddleware:
 
         def note_and_send(message: Any) -> Any:
             if tasks._durable:
-                return hold(tasks, send, message)
+                return hold(tasks, receive, send, message)
             if "status" in message:
                 if not tasks._complete:
                     tasks._start = message

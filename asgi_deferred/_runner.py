@@ -68,6 +68,9 @@ class Runner(Settings):
         around: Called with the `DeferredTask`, in its context, to make the context manager that is entered
             around the call, in the thread that makes it. An async one is entered around what is awaited, on the
             event loop: an async function, or what a sync one returned. One that is both is entered as either.
+        unavailable: An ASGI application, such as a Starlette response, which answers in place of a plain 503 when an
+            engine refuses a durable task; the `error` of its list's `outcome` is the EnqueueFailed then. It is sent
+            with the `access-control-*` and `vary` headers of the response it replaces, where it has none of its own.
 
     Raises:
         ValueError, TypeError: An argument is out of its range or not of its type.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from inspect import isasyncgenfunction, isgeneratorfunction
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ._functions import is_async, unwrap_partial
 from ._outcome import When, check_when
@@ -16,6 +16,7 @@ Observer: TypeAlias = Callable[[TaskEvent], object]
 """A function that is told when a task starts and when it ends: `Runner(observers=[...])`."""
 Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
 """A function that makes the context manager that is entered around a task's call: `Runner(around=[...])`."""
+Answer: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -33,6 +34,7 @@ class Settings:
     drain_timeout: float = 20.0
     observers: Sequence[Observer] = ()
     around: Sequence[Around] = ()
+    unavailable: Answer | None = None
 
     def __post_init__(self) -> None:
         check_count("max_concurrency", self.max_concurrency)
@@ -50,6 +52,8 @@ class Settings:
             _check_observer(observer)
         for around in self.around:
             _check_around(around)
+        if self.unavailable is not None and not callable(self.unavailable):
+            raise TypeError(f"unavailable={self.unavailable!r} is no ASGI application, as a Starlette response is")
 
 
 def _check_observer(observer: object) -> None:

@@ -294,8 +294,9 @@ class DeferredTasks(Line):
             key: A later task of this list with an equal key replaces this one while it is PENDING.
             name: For logs and statistics.
             durable: For an engine's task in an HTTP request: enqueue it before the response starts, if `when` lets
-                the response's status through, and answer 503 if the engine does not take it. `add_task` raises
-                TypeError for a function, and DeferredError where there is no response to hold back.
+                the response's status through, and answer 503, or what `Runner(unavailable=...)` says, if the engine
+                does not take it. `add_task` raises TypeError for a function, and DeferredError where there is no
+                response to hold back.
 
         Raises:
             ValueError: `when` is unknown, or `timeout` is not above 0.
@@ -315,9 +316,9 @@ class DeferredTasks(Line):
 
     @property
     def outcome(self) -> Outcome | None:
-        """How the request ended; `None` until it has."""
+        """How the request ended; `None` until it has, or until an engine has refused a durable task."""
         scope, start = self._scope, self._start  # looked at first: `_end` forgets them after it has made the outcome
-        if self._outcome is None and self._ended:
+        if self._outcome is None and (self._ended or self._error is not None):
             return self._make_outcome(scope, start)
         return self._outcome
 

@@ -147,6 +147,7 @@ def test_bad_options(tasks: DeferredTasks, options: dict[str, Any], error: type[
         ({"observers": [1]}, TypeError, "observers has 1, which cannot be called"),
         ({"observers": [async_when]}, TypeError, "which is async, and would not be awaited"),
         ({"around": [1]}, TypeError, "around has 1, which cannot be called"),
+        ({"unavailable": "busy"}, TypeError, "unavailable='busy' is no ASGI application, as a Starlette response is"),
         ({"around": [undecorated]}, TypeError, "decorate a generator function with @contextlib.contextmanager"),
         ({"around": [async_undecorated]}, TypeError, "an async one with @contextlib.asynccontextmanager"),
         ({"around": [async_when]}, TypeError, "returns no context manager"),

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import Response
 
 from asgi_deferred import (
     Around,
@@ -219,6 +220,7 @@ def a_runners_options_are_checked() -> None:
         drain_timeout=0.5,
         observers=[observe],
         around=[span],
+        unavailable=Response(status_code=503),
     )
     Runner(8)  # type: ignore[call-arg]
     Runner(max_threads="8")  # type: ignore[arg-type]
@@ -226,6 +228,7 @@ def a_runners_options_are_checked() -> None:
     Runner(when="never")  # type: ignore[arg-type]
     Runner(observers=[span, send])  # type: ignore[list-item]
     Runner(around=[observe])  # type: ignore[list-item]
+    Runner(unavailable="busy")  # type: ignore[arg-type]
 
 
 async def a_runner_is_a_context_manager_and_tells_its_counts(runner: Runner) -> None:

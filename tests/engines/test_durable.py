@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
+import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from asgi_deferred import (
     DeferredError,
@@ -186,6 +194,222 @@ async def test_each_refusal_is_a_message_of_its_own() -> None:
     for _ in range(3):
         await app(http_scope(), no_more_messages, send)
     assert sizes == [4, 4, 4]
+
+
+REFUSE: Any = responder(
+    lambda tasks: tasks.options(durable=True, name="job").add_task(Engine([], refuse), "bad"),
+    messages=[
+        {
+            **START,
+            "headers": [
+                (b"Access-Control-Allow-Origin", b"https://shop.example"),
+                (b"vary", b"Origin"),
+                (b"etag", b"1"),
+                (b"content-type", b"text/html"),
+                (b"set-cookie", b"session=somebody"),
+            ],
+        },
+        BODY,
+    ],
+)
+
+
+async def exchange(app: Any) -> list[Any]:
+    """Make a request; return what the server was sent: status and headers, then bodies, then what was raised."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append((message["status"], message["headers"]) if "status" in message else message["body"])
+
+    try:
+        await app(http_scope("/signup"), no_more_messages, send)
+    except EnqueueFailed as exc:
+        sent.append(type(exc))
+    return sent
+
+
+async def test_a_browser_can_read_the_503() -> None:
+    """The 503 keeps those headers of the refused response that say who may read it, and none about its body."""
+    (status, headers), body = await exchange(DeferredMiddleware(REFUSE))
+    assert (status, body[:19]) == (503, b"Service Unavailable")
+    assert [name for name, _ in headers[:3]] == [b"content-type", b"content-length", b"retry-after"]
+    assert headers[3:] == [(b"Access-Control-Allow-Origin", b"https://shop.example"), (b"vary", b"Origin")]
+
+
+async def test_an_answer_of_the_users() -> None:
+    """`unavailable` answers instead, knows request, error and task, and gets the kept headers it has not set itself."""
+    seen: list[Any] = []
+    receives: list[Any] = []
+    headers = [(b"Vary", b"Accept"), (b"retry-after", b"60")]
+
+    async def unavailable(scope: Any, receive: Any, send: Any) -> None:
+        tasks = tasks_from(scope)
+        outcome = tasks.outcome
+        assert outcome is not None
+        assert isinstance(outcome.error, EnqueueFailed)
+        assert current_tasks() is tasks
+        receives.append(receive)
+        seen.append((scope["path"], outcome.status, outcome.complete, type(outcome.error.__cause__), states(tasks)))
+        await send({"type": "http.response.start", "status": 507, "headers": headers})
+        await send({"type": "http.response.body", "body": b"come ", "more_body": True})
+        await send({"type": "http.response.body", "body": b"back"})
+
+    outcomes: list[Outcome | None] = []
+    runner = Runner(unavailable=unavailable, observers=[lambda event: outcomes.append(event.outcome)])
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks_from(scope).options(when="always").add_task(list)
+        await REFUSE(scope, receive, send)
+
+    for _ in range(2):
+        (status, sent), *bodies = await exchange(DeferredMiddleware(app, runner))
+        assert (status, bodies) == (507, [b"come ", b"back"])
+        assert sent == [*headers, (b"Access-Control-Allow-Origin", b"https://shop.example")]
+        sent.append((b"set-cookie", b"session=somebody"))
+    assert seen == [("/signup", None, False, Refused, ["list PENDING", "job FAILED"])] * 2
+    assert receives == [no_more_messages] * 2
+    assert len(headers) == 2
+    ends = [outcome and (outcome.status, outcome.complete, outcome.success) for outcome in outcomes]
+    assert ends == [None, None, (507, False, False), (507, False, False)] * 2
+    assert_conserved(runner)
+
+
+@pytest.mark.parametrize("sends", [0, 1, 2, 3])
+async def test_an_answer_that_fails(sends: int, caplog: pytest.LogCaptureFixture) -> None:
+    """G3: an error in `unavailable` is logged; the plain 503 stands in, or the response that has started breaks off."""
+
+    async def unavailable(scope: Any, receive: Any, send: Any) -> None:
+        messages = [{"type": "http.response.start", "status": 507}, {**BODY, "more_body": True}, BODY]
+        for message in messages[:sends]:
+            await send(message)
+        raise LookupError
+
+    sent = await exchange(DeferredMiddleware(REFUSE, Runner(unavailable=unavailable)))
+    started = (507, [(b"Access-Control-Allow-Origin", b"https://shop.example"), (b"vary", b"Origin")])
+    bodies = [item for item in sent[1:] if item is not EnqueueFailed]
+    if sends:
+        assert sent == [started, *[b"hello"] * (sends - 1), *([EnqueueFailed] if sends < 3 else [])]
+    else:
+        assert (sent[0][0], bodies[0][:19]) == (503, b"Service Unavailable")
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [error.partition(":")[0] for error in errors] == [
+        "Failed",
+        f"The application unavailable={unavailable!r} failed",
+    ]
+
+
+async def test_an_answer_that_says_nothing() -> None:
+    """An `unavailable` that sends nothing leaves it to the plain 503."""
+
+    async def unavailable(scope: Any, receive: Any, send: Any) -> None: ...
+
+    (status, headers), body = await exchange(DeferredMiddleware(REFUSE, Runner(unavailable=unavailable)))
+    assert (status, len(headers), body[:19]) == (503, 5, b"Service Unavailable")
+
+
+async def test_cancellation_in_an_answer() -> None:
+    """G10: a call that is cancelled while `unavailable` answers is cancelled, and no 503 goes out after it."""
+    runner = Runner(unavailable=lambda *_: anyio.sleep_forever())
+    with anyio.CancelScope() as scope:
+
+        async def app(*args: Any) -> None:
+            try:
+                await REFUSE(*args)
+            finally:
+                ended.append(True)
+
+        ended: list[bool] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(exchange, DeferredMiddleware(app, runner))
+            await anyio.wait_all_tasks_blocked()
+            assert ended == []
+            scope.cancel()
+    assert (scope.cancelled_caught, ended) == (True, [True])
+    assert_conserved(runner)
+
+
+@pytest.mark.parametrize("add_middleware", [True, False])
+@pytest.mark.parametrize("framework", [Starlette, FastAPI])
+@pytest.mark.parametrize(
+    ("unavailable", "expected"),
+    [
+        (None, (503, "5", "text/plain; charset=utf-8")),
+        (JSONResponse({"detail": "full"}, 507, {"retry-after": "60"}), (507, "60", "application/json")),
+    ],
+)
+async def test_cors(framework: Any, unavailable: Any, expected: Any, *, add_middleware: bool) -> None:
+    """A refusal inside CORS middleware has its headers, each time, and the transaction around the response rolls back."""
+    log: list[str] = []
+    runner = Runner(unavailable=unavailable)
+
+    async def endpoint(request: Request) -> Response:
+        tasks_from(request).options(durable=True).add_task(Engine([], refuse), "bad")
+        return Response("stored", 202, {"x-of": "body"})
+
+    class Transaction:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await self.app(scope, receive, send)
+            except EnqueueFailed:
+                log.append("rolled back")
+                raise
+
+    app = framework()
+    app.add_route("/", endpoint)
+    app.add_middleware(Transaction)
+    app.add_middleware(CORSMiddleware, allow_origins=["https://shop.example"], allow_credentials=True)
+    if add_middleware:
+        app.add_middleware(DeferredMiddleware, runner=runner)
+    else:
+        app = DeferredMiddleware(app, runner)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for _ in range(2):
+            response = await client.get("/", headers={"origin": "https://shop.example"})
+            headers = response.headers
+            assert (response.status_code, headers["retry-after"], headers["content-type"]) == expected
+            assert sorted(headers) == [
+                "access-control-allow-credentials",
+                "access-control-allow-origin",
+                "content-length",
+                "content-type",
+                "retry-after",
+                "vary",
+            ]
+    assert log == ["rolled back"] * 2
+    assert_conserved(runner)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_refusals_on_uvicorn() -> None:
+    """Over one connection to uvicorn each refusal is a whole answer: a streamed one, with the kept headers, of a HEAD too."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"try "
+        yield b"again"
+
+    async def unavailable(scope: Any, receive: Any, send: Any) -> None:
+        await StreamingResponse(parts(), 503, media_type="text/plain")(scope, receive, send)
+
+    app = DeferredMiddleware(REFUSE, Runner(unavailable=unavailable))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        async with anyio.create_task_group() as group, httpx.AsyncClient(trust_env=False) as client:
+            group.start_soon(server.serve, [listener])
+            answers = [await client.request(method, url) for method in ("GET", "HEAD", "POST")]
+            server.should_exit = True
+    assert [(answer.status_code, answer.text) for answer in answers] == [
+        (503, "try again"),
+        (503, ""),
+        (503, "try again"),
+    ]
+    of_the_server = {"date", "server", "transfer-encoding"}
+    kept = ["access-control-allow-origin", "content-type", "vary"]
+    assert [sorted(answer.headers.keys() - of_the_server) for answer in answers] == [kept] * 3
 
 
 async def test_the_log_of_a_refusal_names_its_request(caplog: pytest.LogCaptureFixture) -> None:
