@@ -4,6 +4,8 @@
    it never ran, or when its thread goes on after a timeout.
 2. Django makes a backend for each context, so results are kept beside it, by alias, and change under `_lock`.
 3. Callers get copies of a result, as from any backend; only the task itself and signals see the live one.
+4. A failure is one ERROR in the log: ours, which names the line that added the task. Django's own is filtered out, and
+   only where there is ours.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import OrderedDict
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from copy import copy
 from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction
+from logging import ERROR, LogRecord, getLogger
 from socket import gethostname
 from threading import RLock, Thread
 from time import monotonic
@@ -56,7 +59,16 @@ R = TypeVar("R")
 
 INSTALL = "Wrap it in asgi.py: application = asgi_deferred.django.DeferredMiddleware(get_asgi_application())."
 
+_reported: ContextVar[str] = ContextVar("asgi_deferred_reported", default="")  # the result whose failure is ours to log
+
 _lock = RLock()  # a finaliser may strike while it is held, and enqueue
+
+
+def _is_not_reported(record: LogRecord) -> bool:
+    return record.levelno < ERROR or _reported.get() not in (record.args or ())
+
+
+getLogger("django.tasks").addFilter(_is_not_reported)
 
 
 class _Results:
@@ -256,6 +268,7 @@ class DeferredBackend(ImmediateBackend):
 
     def _start(self, result: TaskResult[..., Any]) -> bool:
         """Enter RUNNING; return whether there is no final status yet."""
+        _reported.set(result.id)
         now = timezone.now()
         with _lock:
             if result.is_finished:
@@ -355,16 +368,22 @@ def _end_unrun(event: TaskEvent) -> None:
     backend = event.task.func.__self__  # type: ignore[attr-defined]
     if not backend._finish(result, error):
         return
+    if event.error is not None or event.state is TaskState.ABANDONED:
+        _reported.set(result.id)
     send = partial(copy_context().run, partial(task_finished.send_robust, type(backend), task_result=result))
     if running_loop() is None:
-        send()
+        _send_and_close(send)
     else:  # receivers use the database, which Django allows in no event loop; Python waits for this thread at exit
         Thread(target=_send_and_close, args=(send,), name="asgi-deferred").start()
 
 
 def _send_and_close(send: Callable[[], object]) -> None:
+    """Close what receivers open: this may be a thread of the runner's, or that of a request or a test."""
+    opened = [connection for connection in connections.all(initialized_only=True) if connection.connection is not None]
     send()
-    connections.close_all()
+    for connection in connections.all(initialized_only=True):
+        if connection not in opened:
+            connection.close()
 
 
 def _check_application() -> Iterable[checks.CheckMessage]:

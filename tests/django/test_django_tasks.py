@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from asyncio import all_tasks
+from asyncio import CancelledError, all_tasks
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ from django.tasks.signals import task_enqueued, task_finished, task_started
 from django.test import override_settings
 from django.utils import timezone
 
-from asgi_deferred import BacklogFull, Runner, TaskEvent, TaskState, current_tasks, defer
+from asgi_deferred import BacklogFull, Runner, TaskEvent, TaskState, TaskTimedOut, current_tasks, defer
 from asgi_deferred import DeferredMiddleware as CoreMiddleware
 from asgi_deferred import _django_tasks as module
 from asgi_deferred import _drains as drains
@@ -155,18 +156,74 @@ async def test_failed(job: Any, signals: list[str], caplog: pytest.LogCaptureFix
         *["started RUNNING", "finished SUCCESSFUL"],
     ]
     assert (runner.statistics().failed, runner.statistics().succeeded) == (1, 1)
-    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == [
-        "django.tasks",
-        "asgi_deferred",
-    ]
+    assert logged_errors(caplog) == [("asgi_deferred", f"Failed {job.module_path}", LookupError)]
 
 
-async def test_return_value_not_json() -> None:
-    """A return value that JSON does not have fails the task, as with Django's own backends."""
+def logged_errors(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, type | None]]:
+    """All ERROR records, of whatever logger: its name, what happened to which task, the exception."""
+    found: list[tuple[str, str, type | None]] = []
+    ours = re.compile(rf"(.+?)(?: after .+)?: deferred task '(.+)', added at {re.escape(__file__)}:\d+")
+    for record in [record for record in caplog.records if record.levelname == "ERROR"]:
+        message = record.getMessage()
+        if match := ours.match(message):
+            message = " ".join(match.groups())
+        elif match := re.match(r"Task id=\w+ (path=\S+ state=FAILED)$", message):
+            message = match[1]
+        found.append((record.name, message, record.exc_info[0] if record.exc_info else None))
+    return found
+
+
+async def test_return_value_not_json(caplog: pytest.LogCaptureFixture) -> None:
+    """A return value that JSON does not have fails the task, as with Django's own backends, with one ERROR."""
     results: list[TaskResult[..., Any]] = []
     await in_view(lambda _: results.append(jobs.odd_result.enqueue()))
     results[0].refresh()
     assert (results[0].status, results[0].errors[0].exception_class) == (FAILED, TypeError)
+    assert logged_errors(caplog) == [("asgi_deferred", f"Failed {jobs.odd_result.module_path}", TypeError)]
+
+
+async def test_one_error_where_around_fails(signals: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """G3: a task that an `around` kept from running has one ERROR, and its receivers hear of it."""
+
+    def broken(_: object) -> Any:
+        raise KeyError
+
+    runner = Runner(around=[broken])
+    await in_view(lambda _: jobs.add.enqueue(1, 2), runner)
+    await until(lambda: len(signals) == 2)  # a thread may be sending it
+    assert signals == ["DeferredBackend enqueued READY", "DeferredBackend finished FAILED"]
+    assert logged_errors(caplog) == [("asgi_deferred", f"Failed {jobs.add.module_path}", KeyError)]
+
+
+@task
+def nested() -> None:
+    jobs.fail.using(backend="immediate").enqueue()
+    raise ZeroDivisionError
+
+
+@override_settings(
+    TASKS={
+        "default": {"BACKEND": "asgi_deferred.django.DeferredBackend"},
+        "immediate": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
+    }
+)
+async def test_what_a_failing_task_runs_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The one ERROR for a task hides no other's: one of another backend, run inside of it, has Django's own."""
+
+    def fail(_: object) -> None:
+        nested.enqueue()
+
+    await in_view(fail)
+    assert logged_errors(caplog) == [
+        ("django.tasks", f"path={jobs.fail.module_path} state=FAILED", LookupError),
+        ("asgi_deferred", f"Failed {nested.module_path}", ZeroDivisionError),
+    ]
+
+
+def test_one_error_outside_a_request(caplog: pytest.LogCaptureFixture) -> None:
+    """Outside a request a task is none of the runner's, so the one ERROR for its failure is Django's own."""
+    jobs.fail.enqueue()
+    assert logged_errors(caplog) == [("django.tasks", f"path={jobs.fail.module_path} state=FAILED", LookupError)]
 
 
 async def test_error_in_receiver() -> None:
@@ -225,8 +282,8 @@ async def test_when(status: int) -> None:
     )
 
 
-async def test_cancelled(signals: list[str]) -> None:
-    """G2: a task that was cancelled before it ran is FAILED, and says so by its signal."""
+async def test_cancelled(signals: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """G2: a task that was cancelled before it ran is FAILED, and says so by its signal; the one ERROR is Django's own."""
 
     def view(_: object) -> None:
         results.append(jobs.add.enqueue(1, 2))
@@ -237,10 +294,11 @@ async def test_cancelled(signals: list[str]) -> None:
     results[0].refresh()
     assert results[0].status == FAILED
     assert signals == ["DeferredBackend enqueued READY", "DeferredBackend finished FAILED"]
+    assert logged_errors(caplog) == [("django.tasks", f"path={jobs.add.module_path} state=FAILED", None)]
 
 
-async def test_abandoned() -> None:
-    """G8: a task that hangs at shutdown, and one that waits for it, are FAILED."""
+async def test_abandoned(signals: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """G8: a task that hangs at shutdown, and one that waits for it, are FAILED, each with one ERROR beside the drain's."""
     runner = Runner(drain_timeout=0.2)
     app = dj.wrapped(runner)
     results: list[TaskResult[..., Any]] = []
@@ -253,6 +311,14 @@ async def test_abandoned() -> None:
     assert [result.status for result in results] == [FAILED, FAILED]
     assert journal == ["200", "sent", "hangs"]
     assert runner.statistics().abandoned == 2
+    await until(lambda: signals.count("DeferredBackend finished FAILED") == 2)  # a thread may be sending it
+    hang, add = jobs.hang.module_path, jobs.add.module_path
+    line = f"drain_timeout=0.2 s is over; abandoning deferred tasks: {hang!r} (1), {add!r} (1)"
+    assert sorted(logged_errors(caplog), key=lambda error: error[1]) == [
+        ("asgi_deferred", f"Abandoned at shutdown {add}", None),
+        ("asgi_deferred", f"Abandoned at shutdown {hang}", CancelledError),
+        ("asgi_deferred", line, None),
+    ]
 
 
 def after_enqueued(signals: list[str]) -> list[str]:
@@ -317,8 +383,8 @@ def never_starts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sync", "async", "around"])
-async def test_timed_out_finishes_once(kind: str, signals: list[str]) -> None:
-    """G2: a task that times out, also while a slow `around` is being entered, sends `task_finished` once, to all receivers."""
+async def test_timed_out_finishes_once(kind: str, signals: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """G2: a task that times out, also while a slow `around` is entered, has one `task_finished`, to all receivers, and one ERROR."""
 
     @contextmanager
     def slow(_: object) -> Iterator[None]:
@@ -340,6 +406,7 @@ async def test_timed_out_finishes_once(kind: str, signals: list[str]) -> None:
     await until(lambda: len(signals) == 2 + len(started))  # a thread may be sending it
     assert after_enqueued(signals) == [*started, "DeferredBackend finished FAILED"]
     assert runner.statistics().timed_out == 1
+    assert logged_errors(caplog) == [("asgi_deferred", f"Timed out {job.module_path}", TaskTimedOut)]
 
 
 async def test_timed_out_just_before_it_starts(signals: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
