@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 from asyncio import shield, wrap_future
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -19,7 +20,9 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
+from django.core import checks
 from django.core.handlers.base import BaseHandler
+from django.core.management import get_commands
 from django.db import connections, reset_queries
 
 from ._loops import AsyncioLoop
@@ -127,6 +130,20 @@ class DeferredMiddleware(_DeferredMiddleware):
                 raise
             await receive()
             await send({"type": "websocket.close"})
+
+
+@checks.register
+def check_runserver(**_: Any) -> list[checks.CheckMessage]:
+    """Django's system check, where this module is imported early enough: as one of INSTALLED_APPS."""
+    if sys.argv[1:2] != ["runserver"] or not get_commands()["runserver"].startswith("django."):
+        return []
+    return [
+        checks.Warning(
+            "Django's runserver goes by WSGI: in a request defer() fails, and a task that is enqueued runs at once.",
+            hint='Put "daphne" first in INSTALLED_APPS and set ASGI_APPLICATION, or run an ASGI server like uvicorn.',
+            id="asgi_deferred.W005",
+        )
+    ]
 
 
 def capture_deferred(*, execute: bool = False) -> CaptureDeferred:

@@ -411,9 +411,9 @@ def current_tasks() -> DeferredTasks:
     """
     tasks = current.get()
     if tasks is None:
-        raise MiddlewareMissing(
-            "There is no current request to defer work for: either this runs outside of one, or the "
-            "application is not wrapped. Wrap it, app = DeferredMiddleware(app), or enter `async with runner:`."
+        raise _missing(
+            "There is no current request to defer work for: either this runs outside of one, or it has not come "
+            "through the middleware. Wrap it: app = DeferredMiddleware(app), or enter `async with runner:`."
         )
     return tasks
 
@@ -436,19 +436,32 @@ def tasks_from(source: Any) -> DeferredTasks:
     Requests and websockets of Starlette, FastAPI, Django, Litestar and Quart do.
 
     Raises:
-        MiddlewareMissing: The scope has no list, as the application is not wrapped.
+        MiddlewareMissing: There is no list, as the request has not come through the middleware.
         TypeError: `source` is neither a scope nor has one.
     """
     scope = getattr(source, "scope", source)
     if not isinstance(scope, (dict, Mapping)):
+        if hasattr(source, "environ"):
+            name = type(source).__name__
+            raise _missing(f"This {name} has no task list: it came by WSGI, and not through the middleware.")
         raise TypeError(f"tasks_from() takes an ASGI scope or an object with a .scope, not {type(source).__name__!r}")
     tasks = scope.get(KEY)
     if not isinstance(tasks, DeferredTasks):
-        raise MiddlewareMissing(
-            f"This {scope.get('type')} scope has no task list, as the application is not wrapped. "
-            "Wrap it: app = DeferredMiddleware(app), or app.add_middleware(DeferredMiddleware)."
+        raise _missing(
+            f"This {scope.get('type')} scope has no task list, as it has not come through the middleware. Wrap the "
+            "application: app = DeferredMiddleware(app), or app.add_middleware(DeferredMiddleware)."
         )
     return tasks
+
+
+def _missing(message: str) -> MiddlewareMissing:
+    if "django.core.handlers.wsgi" in sys.modules:  # which Django's test clients load as well
+        message += (
+            " In Django, WSGI does not go through asgi.py: run an ASGI server, such as uvicorn, or put "
+            '"daphne" first in INSTALLED_APPS, which makes runserver one. Nor do test clients: there, use '
+            "asgi_deferred.django.capture_deferred()."
+        )
+    return MiddlewareMissing(message)
 
 
 def _not_callable(func: object) -> TypeError:

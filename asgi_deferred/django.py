@@ -9,6 +9,8 @@ In `asgi.py`:
 and, from Django 6.0 on, in `settings.py`:
 
     TASKS = {"default": {"BACKEND": "asgi_deferred.django.DeferredBackend"}}
+
+With this module in INSTALLED_APPS, Django's system checks tell of a set-up in which nothing would be deferred.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import anyio
@@ -360,12 +362,25 @@ async def test_a_request_within_a_request() -> None:
 
 async def test_missing() -> None:
     """Without the middleware `defer` and `tasks_from` say how to install it."""
-    with pytest.raises(MiddlewareMissing, match=r"Wrap it, app = DeferredMiddleware\(app\)"):
+    with pytest.raises(MiddlewareMissing, match=r"Wrap it: app = DeferredMiddleware\(app\)"):
         defer(print)
     with pytest.raises(MiddlewareMissing, match="This http scope has no task list"):
         tasks_from(http_scope())
     with pytest.raises(TypeError, match=r"takes an ASGI scope or an object with a \.scope, not 'int'"):
         tasks_from(1)
+    with pytest.raises(MiddlewareMissing, match="This SimpleNamespace has no task list: it came by WSGI"):
+        tasks_from(SimpleNamespace(environ={}))
+
+
+def test_missing_says_nothing_of_django_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message about a missing list tells of Django where Django's WSGI is loaded, and nowhere else."""
+    for loaded in (True, False):
+        monkeypatch.delitem(sys.modules, "django.core.handlers.wsgi", raising=False)
+        if loaded:
+            monkeypatch.setitem(sys.modules, "django.core.handlers.wsgi", ModuleType("wsgi"))
+        with pytest.raises(MiddlewareMissing) as raised:
+            defer(print)
+        assert ("In Django" in str(raised.value)) == loaded
 
 
 def test_tasks_from_an_object_with_a_scope() -> None:

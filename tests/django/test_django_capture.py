@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 from django.core.handlers.base import BaseHandler
+from django.core.handlers.wsgi import WSGIHandler
 from django.db import transaction
-from django.test import AsyncClient, Client, TestCase
+from django.test import AsyncClient, Client, TestCase, override_settings
 
 import django
 from asgi_deferred import MiddlewareMissing, TaskState, current_tasks, defer
@@ -212,8 +214,27 @@ if django.VERSION >= (6, 0):
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_bypassed() -> None:
     """Without capture a test client's request has no list, as the client bypasses the middleware; and says so."""
-    with pytest.raises(MiddlewareMissing):
-        await AsyncClient().get("/async_view")
+    for path in ("/async_view", "/from_request"):
+        with pytest.raises(MiddlewareMissing, match=NOT_ASGI):
+            await AsyncClient().get(path)
+
+
+NOT_ASGI = (
+    "(not come through the middleware|it came by WSGI).* In Django, WSGI does not go through asgi.py: "
+    r'run an ASGI server.*"daphne".*runserver.*test clients.*capture_deferred\(\)'
+)
+
+
+@pytest.mark.parametrize("path", ["/sync_view", "/async_view", "/from_request", "/async_from_request", "/middleware"])
+def test_by_wsgi(path: str) -> None:
+    """By WSGI, as `runserver` goes, a request has no list, and is told so and what to run; the test client is too."""
+    environ: dict[str, Any] = {"PATH_INFO": path}
+    setup_testing_defaults(environ)
+    with override_settings(DEBUG_PROPAGATE_EXCEPTIONS=True):
+        with pytest.raises(MiddlewareMissing, match=NOT_ASGI):
+            WSGIHandler()(environ, lambda *_: None)  # type: ignore[arg-type]
+    with pytest.raises(MiddlewareMissing, match=NOT_ASGI):
+        Client().get(path)
 
 
 @pytest.mark.anyio

@@ -16,9 +16,11 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connection, connections
+from django.http import HttpResponse
 from django.test import override_settings
+from starlette.responses import PlainTextResponse
 
-from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_tasks, defer
+from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_tasks, defer, tasks_from
 from asgi_deferred._django import OneThread
 
 from . import dj
@@ -225,6 +227,46 @@ async def test_threads_of_their_own() -> None:
         await runner.wait_idle()
     assert [task.state for task in tasks] == [TaskState.SUCCEEDED] * 2
     assert len(threads) == 2
+
+
+class Queue:
+    def __defer_enqueue__(self) -> None:
+        raise LookupError("no broker")
+
+
+@pytest.mark.parametrize("unavailable", [None, PlainTextResponse("full", 507)])
+@pytest.mark.parametrize("path", ["/hook", "/ahook"])
+async def test_a_browser_can_read_a_refusal(path: str, unavailable: Any) -> None:
+    """G11: where an engine refuses a durable task, the answer keeps the access headers of the view's response."""
+
+    def view(request: Any) -> HttpResponse:
+        tasks_from(request).options(durable=True).add_task(Queue())
+        response = HttpResponse("stored", headers={"Access-Control-Allow-Origin": "*", "Vary": "origin", "ETag": "1"})
+        response.set_cookie("session", "1")
+        return response
+
+    async def async_view(request: Any) -> HttpResponse:
+        return view(request)
+
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def note_and_send(message: Any) -> None:
+            sent.append(message)
+            await send(message)
+
+        await dj.wrapped(Runner(unavailable=unavailable))(scope, receive, note_and_send)
+
+    views.hooked.append(view if path == "/hook" else async_view)
+    status = "503" if unavailable is None else "507"
+    assert await dj.request(app, path) == [status, "sent"]
+    names = [name for name, _ in sent[0]["headers"]]
+    own = (
+        [b"content-type", b"content-length", b"retry-after"]
+        if unavailable is None
+        else [b"content-length", b"content-type"]
+    )
+    assert names == [*own, b"Access-Control-Allow-Origin", b"Vary"]
 
 
 STUCK = """

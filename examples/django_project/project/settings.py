@@ -6,7 +6,7 @@ BASE_DIR = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1]))
 
 SECRET_KEY = os.environ.get("SECRET_KEY", "not for production")
 ALLOWED_HOSTS = ["127.0.0.1", "localhost"]
-INSTALLED_APPS = ["documents"]
+INSTALLED_APPS = ["documents", "asgi_deferred.django"]
 ROOT_URLCONF = "project.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 MEDIA_ROOT = BASE_DIR / "media"

@@ -12,7 +12,12 @@ SECRET_KEY = "for tests"
 ALLOWED_HOSTS = ["*"]
 TIME_ZONE = "UTC"
 ROOT_URLCONF = "tests.django.djproject.urls"
-INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", "tests.django.djproject"]
+INSTALLED_APPS = [
+    "django.contrib.contenttypes",
+    "django.contrib.auth",
+    "asgi_deferred.django",
+    "tests.django.djproject",
+]
 MIDDLEWARE = ["tests.django.djproject.middleware.defer_in_middleware"]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGGING_CONFIG = None
