@@ -3,10 +3,10 @@
 from ._drains import draining
 from ._engines import EngineTask
 from ._exceptions import BacklogFull, DeferredError, EnqueueFailed, MiddlewareMissing, RunnerClosed, TaskTimedOut
-from ._middleware import ASGIApp, DeferredMiddleware
+from ._middleware import DeferredMiddleware
 from ._outcome import Outcome, When
 from ._runner import Runner
-from ._settings import Around, Observer
+from ._settings import Around, ASGIApp, Observer
 from ._states import Statistics, TaskState
 from ._tasks import DeferredTask, DeferredTasks, TaskAdder, TaskEvent, current_tasks, defer, tasks_from
 

@@ -26,11 +26,11 @@ from django.core.management import get_commands
 from django.db import connections, reset_queries
 
 from ._loops import AsyncioLoop
-from ._middleware import ASGIApp
 from ._middleware import DeferredMiddleware as _DeferredMiddleware
 from ._outcome import Outcome
 from ._runner import Runner
 from ._scheduler import Run, Scheduler
+from ._settings import ASGIApp
 from ._states import TaskState
 from ._tasks import KEY, DeferredTask, DeferredTasks, current
 

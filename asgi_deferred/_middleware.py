@@ -9,27 +9,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from sysconfig import get_config_var
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any
 
 from ._durable import hold
 from ._exceptions import EnqueueFailed
 from ._lifespan import run_lifespan
 from ._outcome import is_final
 from ._runner import Runner
+from ._settings import ASGIApp
 from ._tasks import KEY, DeferredTasks, current
 
 set_current, reset_current = current.set, current.reset
 
 FREE_THREADED = bool(get_config_var("Py_GIL_DISABLED"))
-
-
-class ASGIApp(Protocol):
-    """Any ASGI 3 application, whatever types its framework gives the three arguments."""
-
-    def __call__(self, scope: Any, receive: Any, send: Any, /) -> Awaitable[None]: ...
 
 
 class DeferredMiddleware:

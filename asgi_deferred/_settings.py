@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from inspect import isasyncgenfunction, isgeneratorfunction
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from ._functions import is_async, unwrap_partial
 from ._outcome import When, check_when
@@ -16,7 +16,12 @@ Observer: TypeAlias = Callable[[TaskEvent], object]
 """A function that is told when a task starts and when it ends: `Runner(observers=[...])`."""
 Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
 """A function that makes the context manager that is entered around a task's call: `Runner(around=[...])`."""
-Answer: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class ASGIApp(Protocol):
+    """Any ASGI 3 application, whatever types its framework gives the three arguments."""
+
+    def __call__(self, scope: Any, receive: Any, send: Any, /) -> Awaitable[None]: ...
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -34,7 +39,7 @@ class Settings:
     drain_timeout: float = 20.0
     observers: Sequence[Observer] = ()
     around: Sequence[Around] = ()
-    unavailable: Answer | None = None
+    unavailable: ASGIApp | None = None
 
     def __post_init__(self) -> None:
         check_count("max_concurrency", self.max_concurrency)

@@ -27,10 +27,10 @@ from starlette.background import BackgroundTask, BackgroundTasks
 from ._engines import recognise
 from ._functions import name_of, unwrap_partial
 from ._loops import running_loop
-from ._middleware import ASGIApp
 from ._reports import write
 from ._runner import Runner
 from ._scheduler import inside
+from ._settings import ASGIApp
 from ._states import TaskState, Waiters
 from ._tasks import KEY, DeferredTasks, Options, name_request
 from ._waiting import outlast, until

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from ._middleware import ASGIApp
 from ._middleware import DeferredMiddleware as _DeferredMiddleware
 from ._runner import Runner
+from ._settings import ASGIApp
 from ._starlette import Moving, install
 from ._uploads import keep_uploads
 
