@@ -74,17 +74,6 @@ class Outcome:
         below_400 = self.status is None or (isinstance(self.status, int) and self.status < 400)
         object.__setattr__(self, "success", complete and self.error is None and below_400)
 
-    def describe(self) -> str:
-        """Say in a few words how the request ended."""
-        said = []
-        if self.status is not None:
-            said.append(f"status {self.status:d}" if isinstance(self.status, int) else "a status that is no number")
-        if not self.complete and self.type == "http":
-            said.append("no complete response" if self.error else "no complete response, as when the client leaves")
-        if self.error is not None:
-            said.append(ascii(type(self.error).__name__)[1:-1])
-        return ", ".join(said) or "success"
-
     def without_error(self) -> Outcome:
         """Return the same outcome, no more successful, without the exception and its frames."""
         outcome = Outcome(self.type, self.status, self.complete)
@@ -131,11 +120,20 @@ _RULES = {
 }
 
 
-def name_when(when: When) -> str:
-    return f"when={when if isinstance(when, str) else name_of(when)!a}"
+def why_skipped(when: When, outcome: Outcome) -> str:
+    """Say in a few words how the request of a skipped task ended, and name its rule."""
+    said = []
+    status, error = outcome.status, outcome.error
+    if status is not None:
+        said.append(f"status {status:d}" if isinstance(status, int) else "a status that is no number")
+    if not outcome.complete and outcome.type == "http":
+        said.append("no complete response" if error else "no complete response, as when the client leaves")
+    if error is not None:
+        said.append(ascii(type(error).__name__)[1:-1])
+    return f"{', '.join(said) or 'success'}, when={when if isinstance(when, str) else name_of(when)!a}"
 
 
-def explain_skip(when: When, outcome: Outcome) -> str:
+def explain_rule(when: When, outcome: Outcome) -> str:
     """Say by which rule a task was skipped, and which others would have let it run."""
     rule = _RULES[when] if isinstance(when, str) else "the function returned false"
     others = ", ".join(f'options(when="{other}")' for other in WHEN if lets_through(other, outcome))

@@ -16,7 +16,7 @@ from logging import DEBUG, ERROR, INFO, WARNING, getLogger
 from traceback import print_exc
 from typing import Any
 
-from ._outcome import explain_skip
+from ._outcome import explain_rule
 from ._states import TaskState
 from ._tasks import DeferredTask, DeferredTasks, TaskEvent
 
@@ -112,7 +112,7 @@ def _log(task: DeferredTask, state: TaskState) -> None:
     else:
         why, tasks = f"{text}: {task._why[:LONGEST]}", task._list
         if _is_first(tasks, task.added_at):
-            rule = explain_skip(task.when, tasks.outcome)
+            rule = explain_rule(task.when, tasks.outcome)
             say(INFO, "Skipped: %s; %s (said once for this line; DEBUG has every task)", why, rule)
         else:
             say(DEBUG, "Skipped: %s", why)

@@ -24,7 +24,7 @@ from ._account import KEPT, Account
 from ._calls import call_async, call_sync, close_unawaited, timed_out
 from ._engines import recognise
 from ._exceptions import BacklogFull, DeferredError, RunnerClosed, TaskTimedOut
-from ._outcome import lets_through, name_when
+from ._outcome import lets_through, why_skipped
 from ._reports import report
 from ._settings import Settings
 from ._states import AGAIN, LOST, NOBODY, SKIPPED, WAITS, WON, Answer, Home, Line, TaskState
@@ -353,7 +353,7 @@ class Scheduler:
             outcome = None if tasks is None else tasks._outcome
             wanted = outcome is None or lets_through(task.when, outcome)  # None: the barrier has decided
             if outcome is not None and not wanted:
-                task._why = f"{outcome.describe()}, {name_when(task.when)}"
+                task._why = why_skipped(task.when, outcome)
         except BaseException as exc:
             self.finish(run, FAILED, exc)
             del run, task, tasks
