@@ -127,7 +127,7 @@ def why_skipped(when: When, outcome: Outcome) -> str:
     if status is not None:
         said.append(f"status {status:d}" if isinstance(status, int) else "a status that is no number")
     if not outcome.complete and outcome.type == "http":
-        said.append("no complete response" if error else "no complete response, as when the client leaves")
+        said.append("no complete response" if error is not None else "no complete response, as when the client leaves")
     if error is not None:
         said.append(ascii(type(error).__name__)[1:-1])
     return f"{', '.join(said) or 'success'}, when={when if isinstance(when, str) else name_of(when)!a}"

@@ -352,7 +352,7 @@ class Scheduler:
         try:
             outcome = None if tasks is None else tasks._outcome
             wanted = outcome is None or lets_through(task.when, outcome)  # None: the barrier has decided
-            if outcome is not None and not wanted:
+            if not wanted and outcome is not None:
                 task._why = why_skipped(task.when, outcome)
         except BaseException as exc:
             self.finish(run, FAILED, exc)
