@@ -233,14 +233,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def watched(self) -> None:
-        """G2: what is unfinished is listed as it is counted, in the order accepted."""
+        """G2: what is unfinished is listed once, and as it is counted."""
         counts, events = self.runner.statistics(), self.runner.tasks()
         states = Counter(event.state for event in events)
         if counts == self.runner.statistics():  # else a thread has gone on meanwhile
             assert (states[TaskState.PENDING], states[TaskState.RUNNING]) == (counts.pending, counts.running)
             assert states.total() == counts.pending + counts.running
-        order = {id(task): number for number, task in enumerate(self.accepted)}
-        assert [event.task for event in events] == sorted((e.task for e in events), key=lambda task: order[id(task)])
+        assert len({id(event.task) for event in events}) == len(events)
         assert all(0 <= event.waited <= event.queued for event in events)
 
     def teardown(self) -> None:
