@@ -85,15 +85,20 @@ class Run:
         if self.abandoned or (isinstance(error, GeneratorExit) and not self.loop.is_running_here()):
             return TaskState.ABANDONED
         if isinstance(error, self.loop.Cancelled):
-            return TaskState.ABANDONED if self.loop.only_by_us else TaskState.CANCELLED
+            return self._state_if_cancelled()
         return FAILED
+
+    def _state_if_cancelled(self) -> TaskState:
+        """Decide who has cancelled it: in a drain, an event loop that ends cancels all that is left, in any order."""
+        drains = self.home is not None and self.home.draining
+        if self.abandoned or self.loop.only_by_us or (drains and self.native.cancelling()):
+            return TaskState.ABANDONED
+        return TaskState.CANCELLED
 
     def lost(self, _: Any = None) -> None:
         """The native task has ended. If it was cancelled before its first step, `main` has not seen to anything."""
         if not self.released:
-            ours = self.abandoned or self.loop.only_by_us
-            state = TaskState.ABANDONED if ours else TaskState.CANCELLED
-            self.scheduler.close_outside(self.task, state)
+            self.scheduler.close_outside(self.task, self._state_if_cancelled())
             close_unawaited(self.returned)
             self.scheduler.release(self)
 

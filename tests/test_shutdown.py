@@ -508,3 +508,31 @@ async def test_never_running_after_the_final_event() -> None:
         stuck.set()
     assert log == ["slow RUNNING", "slow TIMED_OUT"]
     assert_conserved(runner)
+
+
+@pytest.mark.parametrize("first_step", [True, False])
+def test_the_event_loop_ends_in_a_drain(first_step: bool) -> None:
+    """G8: a task that the end of its event loop cancels during a drain, before the drain itself, is ABANDONED."""
+    started, runner, seen = anyio.Event(), Runner(), Log()
+
+    async def hangs() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    async def main() -> None:
+        async with runner:
+            task = defer(hangs)
+            if first_step:
+                await started.wait()
+
+            def end() -> None:
+                seen.append(f"draining: {draining()}")
+                (native,) = (each for each in asyncio.all_tasks() if each.get_name() == task.name)
+                native.cancel()
+
+            asyncio.get_running_loop().call_soon(end)
+        seen.append(task.state.name)
+
+    asyncio.run(main())
+    assert seen == ["draining: True", "ABANDONED"]
+    assert_conserved(runner)
