@@ -5,6 +5,8 @@
    and tasks hold no more connections than tasks run.
 2. An async task makes its thread-sensitive calls, the async ORM among them, in a thread of its own. The one that the
    context of the adding line names has ended with its request, or is shared by the whole process.
+3. Django closes a response, and by that its connections and files, only where `send` raised nothing. So the refusal of
+   a durable task is raised where Django has ended.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from django.core.handlers.base import BaseHandler
 from django.core.management import get_commands
 from django.db import connections, reset_queries
 
+from ._exceptions import EnqueueFailed
 from ._loops import AsyncioLoop
 from ._middleware import DeferredMiddleware as _DeferredMiddleware
 from ._outcome import Outcome
@@ -110,6 +113,7 @@ class DeferredMiddleware(_DeferredMiddleware):
 
     def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
         super().__init__(app, runner)
+        self.app = _raising_later(app)
         self.runner.around = (TaskConnections, *self.runner.around)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -130,6 +134,27 @@ class DeferredMiddleware(_DeferredMiddleware):
                 raise
             await receive()
             await send({"type": "websocket.close"})
+
+
+def _raising_later(app: ASGIApp) -> ASGIApp:
+    async def wrapper(scope: Any, receive: Any, send: Any) -> None:
+        refusal: EnqueueFailed | None = None
+
+        async def send_or_note(message: Any) -> None:
+            nonlocal refusal
+            try:
+                await send(message)
+            except EnqueueFailed as exc:
+                refusal = exc
+
+        try:
+            await app(scope, receive, send_or_note)
+            if refusal is not None:
+                raise refusal
+        finally:
+            refusal = None  # or its traceback would hold itself
+
+    return wrapper
 
 
 @checks.register

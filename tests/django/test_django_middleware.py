@@ -15,12 +15,13 @@ from anyio import sleep_forever
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
+from django.core.signals import request_finished
 from django.db import connection, connections
-from django.http import HttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.test import override_settings
 from starlette.responses import PlainTextResponse
 
-from asgi_deferred import DeferredTask, Runner, TaskEvent, TaskState, current_tasks, defer, tasks_from
+from asgi_deferred import DeferredTask, EnqueueFailed, Runner, TaskEvent, TaskState, current_tasks, defer, tasks_from
 from asgi_deferred._django import OneThread
 
 from . import dj
@@ -237,7 +238,7 @@ class Queue:
 @pytest.mark.parametrize("unavailable", [None, PlainTextResponse("full", 507)])
 @pytest.mark.parametrize("path", ["/hook", "/ahook"])
 async def test_a_browser_can_read_a_refusal(path: str, unavailable: Any) -> None:
-    """G11: where an engine refuses a durable task, the answer keeps the access headers of the view's response."""
+    """Where an engine refuses a durable task, the answer keeps the view's access headers, and Django ends its request."""
 
     def view(request: Any) -> HttpResponse:
         tasks_from(request).options(durable=True).add_task(Queue())
@@ -257,9 +258,18 @@ async def test_a_browser_can_read_a_refusal(path: str, unavailable: Any) -> None
 
         await dj.wrapped(Runner(unavailable=unavailable))(scope, receive, note_and_send)
 
+    def note(**_: object) -> None:
+        finished.append("request_finished")
+
+    finished: list[str] = []
     views.hooked.append(view if path == "/hook" else async_view)
     status = "503" if unavailable is None else "507"
-    assert await dj.request(app, path) == [status, "sent"]
+    request_finished.connect(note)
+    try:
+        assert await dj.request(app, path) == [status, "sent"]
+    finally:
+        request_finished.disconnect(note)
+    assert finished == ["request_finished"]
     names = [name for name, _ in sent[0]["headers"]]
     own = (
         [b"content-type", b"content-length", b"retry-after"]
@@ -267,6 +277,23 @@ async def test_a_browser_can_read_a_refusal(path: str, unavailable: Any) -> None
         else [b"content-length", b"content-type"]
     )
     assert names == [*own, b"Access-Control-Allow-Origin", b"Vary"]
+
+
+async def test_a_refusal_in_mid_stream_breaks_off() -> None:
+    """A response of Django's that has started when an engine refuses a durable task is not completed, and raises."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"o"
+        current_tasks().options(durable=True).add_task(Queue())
+        yield b"k"
+
+    async def view(request: Any) -> StreamingHttpResponse:
+        return StreamingHttpResponse(parts())
+
+    views.hooked.append(view)
+    with pytest.raises(EnqueueFailed):
+        await dj.request(dj.wrapped(), "/ahook")
+    assert journal == ["200"]
 
 
 STUCK = """

@@ -14,7 +14,7 @@ from django.core.signals import request_started
 from django.db import transaction
 from django.db.models.signals import post_save
 from django.dispatch import receiver
-from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
 from django.views import View
 
 from asgi_deferred import current_tasks, defer, tasks_from
@@ -179,15 +179,15 @@ async def aload(request: HttpRequest) -> HttpResponse:
 hooked: list[Any] = []
 
 
-def hook(request: HttpRequest) -> HttpResponse:
+def hook(request: HttpRequest) -> HttpResponseBase:
     """Call what a test put there."""
     result = hooked.pop()(request)
-    return result if isinstance(result, HttpResponse) else HttpResponse("ok")
+    return result if isinstance(result, HttpResponseBase) else HttpResponse("ok")
 
 
-async def ahook(request: HttpRequest) -> HttpResponse:
+async def ahook(request: HttpRequest) -> HttpResponseBase:
     result = await hooked.pop()(request)
-    return result if isinstance(result, HttpResponse) else HttpResponse("ok")
+    return result if isinstance(result, HttpResponseBase) else HttpResponse("ok")
 
 
 async def statistics(request: HttpRequest) -> HttpResponse:
