@@ -1,6 +1,7 @@
 """The account of every task: its state, the counts, the limits, and what is left to do.
 
-1. An accepted task is in exactly one state. `counts` has how many are in each, and their sum is what was accepted.
+1. An accepted task is in exactly one state. `pending`, `active` and `ended` have how many are in each, and their sum is
+   what was accepted.
 2. A task enters a final state once. The first to close it wins. Everybody else is told so, and does nothing.
 3. A task is *settled* when its end has been reported. Whoever waits for tasks to end waits for that.
 4. A list is *active* from the end of its request, or from a late task, until no task of it is PENDING. While it is
@@ -57,7 +58,9 @@ class Account:
         self.places = places
         self.threads = threads
         self.limit = limit
-        self.counts = dict.fromkeys(TaskState, 0)
+        self.pending = 0
+        self.active = 0  # RUNNING
+        self.ended = dict.fromkeys(TaskState, 0)  # by final state
         self.unsettled = 0
         self.lines: dict[Line, None] = {}  # those with unsettled tasks
         self.running: dict[Any, Any] = {}  # tasks that run or are about to, and how each of them does
@@ -90,7 +93,6 @@ class Account:
         `seen` are the tasks whose key had the same hash when the rival was looked for.
         """
         line: Line = task._list
-        counts = self.counts
         live = self.homes.get(line._loop)
         one = (task,)
         keys: dict[int, tuple[Any, ...]] = {}
@@ -106,7 +108,7 @@ class Account:
                 if (keys[key] if key in keys else ()) is not seen:  # noqa: SIM401
                     return AGAIN, False
                 replaces = rival is not None and rival.state is PENDING
-            if limit is not None and counts[PENDING] + counts[RUNNING] - replaces >= limit:
+            if limit is not None and self.pending + self.active - replaces >= limit:
                 return Answer.FULL, False
             line._all += one
             line._count += 1
@@ -130,11 +132,11 @@ class Account:
                 if rival in self.running:  # it was about to run
                     run = self.running[rival]  # noqa: F841 - as in `close`
                     del self.running[rival]
-                counts[PENDING] -= 1
-                counts[CANCELLED] += 1
+                self.pending -= 1
+                self.ended[CANCELLED] += 1
             if key is not None:
                 keys[key] = bucket
-            counts[PENDING] += 1
+            self.pending += 1
             self.unsettled += 1
             self.lines[line] = None
             line._unsettled += 1
@@ -328,8 +330,8 @@ class Account:
             if task.state is not PENDING or (run.home is not None and run.home.closed):
                 return False
             task.state = RUNNING
-            self.counts[PENDING] -= 1
-            self.counts[RUNNING] += 1
+            self.pending -= 1
+            self.active += 1
             if announce:
                 self.announcing[task] = None
             return True
@@ -351,8 +353,11 @@ class Account:
             if task in self.running:
                 run = self.running[task]  # noqa: F841 - its last reference is dropped after the lock
                 del self.running[task]
-            self.counts[before] -= 1
-            self.counts[state] += 1
+            if before is PENDING:
+                self.pending -= 1
+            else:
+                self.active -= 1
+            self.ended[state] += 1
             task.state = state
             task.error = error
             return ANNOUNCED if task in self.announcing else WON
@@ -459,13 +464,13 @@ class Account:
         return [task for line in lines for task in tuple(line._all) if task.state in (PENDING, RUNNING)]
 
     def is_over_limit(self) -> bool:
-        return self.counts[PENDING] + self.counts[RUNNING] > self.limit
+        return self.pending + self.active > self.limit
 
     def statistics(self) -> Statistics:
-        counts = self.counts
+        ended = self.ended
         with self.lock:
-            pending, running, succeeded = counts[PENDING], counts[RUNNING], counts[TaskState.SUCCEEDED]
-            failed, timed_out = counts[TaskState.FAILED], counts[TaskState.TIMED_OUT]
-            skipped, cancelled, abandoned = counts[TaskState.SKIPPED], counts[CANCELLED], counts[TaskState.ABANDONED]
+            pending, running, succeeded = self.pending, self.active, ended[TaskState.SUCCEEDED]
+            failed, timed_out = ended[TaskState.FAILED], ended[TaskState.TIMED_OUT]
+            skipped, cancelled, abandoned = ended[TaskState.SKIPPED], ended[CANCELLED], ended[TaskState.ABANDONED]
         states = (pending, running, succeeded, failed, timed_out, skipped, cancelled, abandoned)
         return Statistics(sum(states), *states)
