@@ -382,10 +382,9 @@ class Scheduler:
 
     def finish(self, run: Run, state: TaskState, error: BaseException | None = None) -> None:
         """In the task's context: enter a final state, unless somebody has given up on the task."""
-        closed = self.account.close(run.task, state, error)
-        if closed is WON:
+        if self.account.close(run.task, state, error) is WON:
             self.report_end(run.task)
-        elif closed is LOST:
+        else:
             run.given_up = True
 
     def close_outside(

@@ -67,6 +67,49 @@ class SameHash:
         return 1
 
 
+def test_two_threads_add_the_first_task_at_a_time() -> None:
+    """G2, G4: of two threads that add a list's first task at a time, neither loses its own."""
+    runner = Runner()
+    tasks = task_list(runner)
+    Interfering(runner, "open", 1, lambda: tasks.add_task(print))
+    tasks.add_task(int)
+    assert [task.func for task in tasks] == [print, int]
+    assert runner.statistics().pending == 2
+
+
+async def test_a_second_entry_drains_in_the_grace_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: an entry that ends while another's cancelled tasks are in their grace has ended with that."""
+    monkeypatch.setattr(drains, "GRACE", 0.05)
+    runner, given_up = Runner(drain_timeout=60), anyio.Event()
+    started, cancelled = anyio.Event(), anyio.Event()
+
+    async def stubborn() -> None:
+        started.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+            with anyio.CancelScope(shield=True):
+                await given_up.wait()
+
+    async def first(scope: anyio.CancelScope) -> None:
+        with scope:
+            async with runner:
+                await anyio.sleep_forever()
+
+    scope = anyio.CancelScope()
+    async with anyio.create_task_group() as group:
+        async with runner:
+            group.start_soon(first, scope)
+            await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(stubborn)), runner), Log())
+            await started.wait()
+            scope.cancel()
+            await cancelled.wait()
+        assert runner.statistics().abandoned == 1
+        given_up.set()
+    assert_conserved(runner)
+
+
 def test_a_key_is_taken_as_another_of_its_hash_ends() -> None:
     """G2: a task that takes a key while another is about to forget it keeps it."""
     runner = Runner()

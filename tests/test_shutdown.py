@@ -19,6 +19,7 @@ from asgi_deferred import (
     DeferredTasks,
     Runner,
     RunnerClosed,
+    TaskEvent,
     TaskState,
     defer,
     draining,
@@ -266,6 +267,45 @@ def test_added_late_to_an_event_loop_that_is_gone() -> None:
     loop.close()
     assert lists[0].add_task(nothing).state is TaskState.ABANDONED
     assert lists[0].add_task(lambda: None).state is TaskState.ABANDONED
+    assert_conserved(runner)
+
+
+def test_cancelled_as_it_waits_for_a_thread_and_its_event_loop_is_gone() -> None:
+    """G2, G7: a task that waits for a thread is cancelled after its event loop has gone, and the next one has its turn."""
+    started, go, ended = threading.Event(), threading.Event(), threading.Event()
+    lists: list[DeferredTasks] = []
+
+    def observe(event: TaskEvent) -> None:
+        if event.state is TaskState.SUCCEEDED:
+            ended.set()
+
+    runner = Runner(max_threads=1, observers=[observe])
+
+    def stuck() -> None:
+        started.set()
+        go.wait(30)
+
+    def add(tasks: DeferredTasks) -> None:
+        lists.append(tasks)
+        tasks.add_task(print)
+        tasks.add_task(nothing)
+
+    async def main() -> None:
+        await runner.__aenter__()
+        await request(DeferredMiddleware(responder(lambda tasks: tasks.add_task(stuck)), runner), Log())
+        await request(DeferredMiddleware(responder(add), runner), Log())
+        while not started.is_set():
+            await anyio.lowlevel.checkpoint()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
+    parked, following = lists[0]
+    assert parked.cancel()
+    assert (parked.state, following.state) == (TaskState.CANCELLED, TaskState.ABANDONED)
+    go.set()
+    assert ended.wait(30)
+    assert runner.statistics()[1:4] == (0, 0, 1)
     assert_conserved(runner)
 
 
