@@ -35,6 +35,7 @@ from ._states import (
     PENDING,
     RUNNING,
     SKIPPED,
+    SUCCEEDED,
     TAKEN,
     WAITS,
     WON,
@@ -75,18 +76,6 @@ class Account:
 
     # A task is accepted
 
-    def open(self, line: Line, *, apart: bool) -> None:
-        """Prepare a list for its first task, unless another thread was faster."""
-        tasks: list[Any] = []
-        with self.lock:
-            if line._all is None:
-                line._count = line._position = line._unsettled = 0
-                line._ended_at = inf
-                line._active = False
-                line._apart = apart
-                line._next = line._parked = line._home = line._keys = None
-                line._all = tasks  # last, as it is looked at without the lock
-
     def accept(self, task: Any, limit: int | None, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
         """Enter a task, and close `rival`, the PENDING one of the same key; return also whether that was so.
 
@@ -94,6 +83,7 @@ class Account:
         """
         line: Line = task._list
         live = self.homes.get(line._loop)
+        tasks: list[Any] = []
         one = (task,)
         keys: dict[int, tuple[Any, ...]] = {}
         key, replaces = task._hash, False
@@ -101,6 +91,12 @@ class Account:
         before: Home | None = None  # which the list has left
         answer = WAITS
         with self.lock:
+            if line._all is None:
+                line._count = line._position = line._unsettled = 0
+                line._ended_at = 0.0 if line._ended else inf
+                line._active = False
+                line._next = line._parked = line._keys = None
+                line._all = tasks  # last, as it is looked at without the lock
             if key is not None:
                 if line._keys is None:
                     line._keys = keys
@@ -153,7 +149,8 @@ class Account:
 
     def rival(self, task: Any) -> tuple[Any, tuple[Any, ...]]:
         """Return the task of the same key in the task's list, and all tasks with that hash. Raises what `==` raises."""
-        keys = task._list._keys
+        line: Line = task._list
+        keys = None if line._all is None else line._keys
         seen = keys.get(task._hash, ()) if keys is not None else ()
         return next((other for other in seen if other.key == task.key), None), seen
 
@@ -169,6 +166,8 @@ class Account:
             if home.closed:
                 return None
             line._ended = True
+            if line._all is None:
+                return ()
             apart, tasks, count = line._apart, line._all, line._count
             before = line._home
             if before is not home:
@@ -186,6 +185,29 @@ class Account:
         if before is not None and before is not home:
             before.waiters.wake()
         return tasks[:count] if apart else ()
+
+    def go(self, line: Line, home: Home, run: Any) -> bool:
+        """Do what `end` and then `take` would do for a list's first task, if that is async and nothing waits.
+
+        It is what most requests need. Return False, with nothing done, if more is to be considered.
+        """
+        with self.lock:
+            if line._all is None or line._position == line._count or line._home is not home:
+                return False
+            if line._apart or line._active or home.closed or home.draining:
+                return False
+            task = line._all[line._position]
+            if not task._async or task.state is not PENDING or task in self.running:
+                return False
+            if not self.places or self.due.first is not None or self.parked.first is not None:
+                return False
+            line._ended = line._active = True
+            self.places -= 1
+            self.running[task] = run
+            run.task = task
+            run.line = line
+            run.home = home
+            return True
 
     def push(self, queue: Queue, entry: Any) -> None:
         with self.lock:
@@ -374,6 +396,46 @@ class Account:
             last = not line._unsettled
             if last:
                 del self.lines[line]
+        self.settled(task, line, home)
+        return last
+
+    def retire(self, run: Any) -> bool | None:
+        """Do what `close`, `settle` and `release` would do for a task that has succeeded; `settled` has to follow.
+
+        It is for tasks of whose end nobody is told. Return whether it was the last of its list; None, with nothing
+        done, if somebody has given up on it.
+        """
+        task, line, queue = run.task, run.line, self.due
+        with self.lock:
+            if task.state is not RUNNING or run.released or line is None or run.then is not None:
+                return None
+            task.state = SUCCEEDED
+            del self.running[task]
+            self.active -= 1
+            self.ended[SUCCEEDED] += 1
+            self.unsettled -= 1
+            line._unsettled -= 1
+            home = line._home
+            if home is not None:
+                home.unsettled -= 1
+            last = not line._unsettled
+            if last:
+                del self.lines[line]
+            run.released = True
+            self.places += 1
+            if line._position < line._count and line._all[line._position] is task:
+                line._position += 1
+            if line._position == line._count:
+                line._active = False
+            elif queue.last is None:
+                queue.first = queue.last = line
+            else:
+                queue.last._next = line
+                queue.last = line
+            return last
+
+    def settled(self, task: Any, line: Line, home: Home | None) -> None:
+        """Let go of a task that was settled, and wake who waited for that."""
         if task._hash is not None:
             self._forget_key(line, task)
         task._list = None
@@ -383,7 +445,6 @@ class Account:
             self.idle.wake()
         if self.room.waiting and not self.is_over_limit():
             self.room.wake()
-        return last
 
     def _forget_key(self, line: Line, task: Any) -> None:
         keys: Any = line._keys

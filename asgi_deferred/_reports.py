@@ -42,6 +42,11 @@ def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[T
                 )
 
 
+def is_quiet(observers: Sequence[Callable[[TaskEvent], object]]) -> bool:
+    """Whether nobody is told of a task that succeeds."""
+    return not observers and not logger.isEnabledFor(DEBUG)
+
+
 def log_abandoned(seconds: float, tasks: Iterable[DeferredTask]) -> None:
     names = Counter(_short(task.name) for task in tasks)
     left = ", ".join(f"{name} ({count})" for name, count in names.items())

@@ -33,11 +33,9 @@ class Block:
         scheduler = runner._scheduler
         self.home = scheduler.account.enter(self.native, Home(loop_of(self.native)))
         self.tasks = DeferredTasks(scheduler, {"type": "lifespan"})
-        scheduler.account.open(self.tasks, apart=True)
-        self.tasks._complete = self.tasks._ended = True
+        self.tasks._complete = self.tasks._ended = self.tasks._apart = True
         self.tasks._outcome = without_error("lifespan", complete=True)
         self.tasks._home = self.home
-        self.tasks._ended_at = 0.0
         self.before = current.get()
 
 

@@ -171,7 +171,7 @@ class Request:
             self.add(held, each, caller)
         batch.clear()
         runner = cast("Runner", tasks._host.settings)
-        wait = partial(until, waiters, lambda: not held._unsettled)
+        wait = partial(until, waiters, lambda: held._settled)
         cancelled = get_cancelled_exc_class()
         try:
             if (waiting := runner._end(held)) is not None:

@@ -24,7 +24,8 @@ class TaskState(Enum):
         __hash__ = object.__hash__
 
 
-PENDING, RUNNING, CANCELLED = TaskState.PENDING, TaskState.RUNNING, TaskState.CANCELLED
+PENDING, RUNNING = TaskState.PENDING, TaskState.RUNNING
+SUCCEEDED, CANCELLED = TaskState.SUCCEEDED, TaskState.CANCELLED
 
 
 class Statistics(NamedTuple):
@@ -130,26 +131,31 @@ class Entry:
 
 
 class Line:
-    """What the account keeps of a task list. Most requests defer nothing: what they do without comes by `open`."""
+    """What the account keeps of a task list. Most requests defer nothing: half of it comes with the first task."""
 
     is_line = True
 
-    _all: Any  # a list of tasks; None before `open`
+    _all: Any  # a list of tasks; None before the first one, as the fields below are missing then
     _loop: Any  # the native event loop of its request
+    _home: Home | None
     _ended: bool  # the request has
     _complete: bool  # the response is
     _durable: bool  # it has durable tasks
+    _apart: bool  # each task on its own, and not one after the other
 
     _count: int  # of `_all`
     _position: int  # before it no task is PENDING
     _unsettled: int
     _ended_at: float  # when the request had ended; infinite before
     _active: bool
-    _apart: bool  # each task on its own, and not one after the other
     _next: Any
     _parked: Any  # its task that waits for a thread, in the list's turn
-    _home: Home | None
     _keys: dict[int, tuple[Any, ...]] | None  # by a key's hash: the unsettled tasks that have it
+
+    @property
+    def _settled(self) -> bool:
+        """Whether all tasks so far are."""
+        return self._all is None or not self._unsettled
 
 
 class Queue:

@@ -254,8 +254,8 @@ class DeferredTasks(Line):
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._loop = _get_running_loop() or running_loop()
-        self._all = None
-        self._ended = self._complete = self._durable = False
+        self._all = self._home = None
+        self._ended = self._complete = self._durable = self._apart = False
 
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.

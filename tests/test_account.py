@@ -71,7 +71,7 @@ def test_two_threads_add_the_first_task_at_a_time() -> None:
     """G2, G4: of two threads that add a list's first task at a time, neither loses its own."""
     runner = Runner()
     tasks = task_list(runner)
-    Interfering(runner, "open", 1, lambda: tasks.add_task(print))
+    Interfering(runner, "accept", 1, lambda: tasks.add_task(print))
     tasks.add_task(int)
     assert [task.func for task in tasks] == [print, int]
     assert runner.statistics().pending == 2
