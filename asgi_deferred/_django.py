@@ -113,7 +113,7 @@ class DeferredMiddleware(_DeferredMiddleware):
 
     def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
         super().__init__(app, runner)
-        self.app = _raising_later(app)
+        self.app: ASGIApp = _raising_later(app)
         self.runner.around = (TaskConnections, *self.runner.around)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
