@@ -54,6 +54,7 @@ HOUSE = [
     *CORE,
     "testing",
     "engines",
+    "opentelemetry",
     "_starlette",
     "_uploads",
     "starlette",
@@ -66,6 +67,7 @@ HOUSE = [
 LOADS = {
     "asgi_deferred.django": {"django", "sqlparse"},
     "asgi_deferred.fastapi": {"fastapi", "pydantic", "starlette"},
+    "asgi_deferred.opentelemetry": {"opentelemetry"},
     "asgi_deferred.starlette": {"starlette"},
 }
 FRAMEWORKS = {
