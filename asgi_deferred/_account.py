@@ -409,22 +409,22 @@ class Account:
         with self.lock:
             if task.state is not RUNNING or run.released or line is None or run.then is not None:
                 return None
+            if line._position == line._count or line._all[line._position] is not task:
+                return None
             task.state = SUCCEEDED
             del self.running[task]
             self.active -= 1
             self.ended[SUCCEEDED] += 1
             self.unsettled -= 1
             line._unsettled -= 1
-            home = line._home
-            if home is not None:
-                home.unsettled -= 1
+            home: Any = line._home
+            home.unsettled -= 1
             last = not line._unsettled
             if last:
                 del self.lines[line]
             run.released = True
             self.places += 1
-            if line._position < line._count and line._all[line._position] is task:
-                line._position += 1
+            line._position += 1
             if line._position == line._count:
                 line._active = False
             elif queue.last is None:

@@ -77,6 +77,20 @@ def test_two_threads_add_the_first_task_at_a_time() -> None:
     assert runner.statistics().pending == 2
 
 
+async def test_lists_take_turns() -> None:
+    """G4, G7: lists that wait for the only place take turns, each with its tasks in order."""
+    log, runner = Log(), Runner(max_concurrency=1)
+
+    def adding(name: str) -> Any:
+        return lambda tasks: [tasks.add_task(log.note, f"{name}{number}") for number in (1, 2, 3)]
+
+    async with runner:
+        for name in "abc":
+            await DeferredMiddleware(responder(adding(name)), runner)(http_scope(), no_more_messages, Log().send)
+    assert log == ["a1", "b1", "c1", "a2", "b2", "c2", "a3", "b3", "c3"]
+    assert_conserved(runner)
+
+
 async def test_a_second_entry_drains_in_the_grace_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """G8: an entry that ends while another's cancelled tasks are in their grace has ended with that."""
     monkeypatch.setattr(drains, "GRACE", 0.05)
