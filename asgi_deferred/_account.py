@@ -407,9 +407,9 @@ class Account:
         """
         task, line, queue = run.task, run.line, self.due
         with self.lock:
-            if task.state is not RUNNING or run.released or line is None or run.then is not None:
-                return None
-            if line._position == line._count or line._all[line._position] is not task:
+            if (line is None or line._position == line._count or line._all[line._position] is not task) or (
+                task.state is not RUNNING or run.released or run.then is not None
+            ):
                 return None
             task.state = SUCCEEDED
             del self.running[task]
