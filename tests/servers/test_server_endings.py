@@ -259,7 +259,9 @@ def test_hypercorn_shutdown_timeout(kind: Kind, tmp_path: Path) -> None:
     """G2, G8: hypercorn's shutdown_timeout cuts a longer drain_timeout short; what is left is ABANDONED and named."""
     with task_held(kind.with_options(settings="shutdown_timeout = 1\n"), tmp_path, "two:quick") as server:
         server.stop()
-        assert server.lines("held") == [*HELD, "two ABANDONED", "one ABANDONED"]
+        lines = server.lines("held")
+        assert lines[:-2] == HELD
+        assert sorted(lines[-2:]) == ["one ABANDONED", "two ABANDONED"]  # asyncio cancels what is left in any order
         assert "Abandoned at shutdown: deferred task 'two', added at" in server.log()
 
 
