@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from asgi_deferred import DeferredMiddleware, Runner
+from asgi_deferred import DeferredMiddleware, Runner, tasks_from
 from tests.support import http_scope, no_more_messages
 
 PYTHON_CALLS = [
@@ -100,3 +100,22 @@ def test_allocations_without_tasks() -> None:
         assert ours - bare <= OBJECTS
     finally:
         gc.enable()
+
+
+def test_a_list_has_no_dict_of_its_own() -> None:
+    """G6: a list whose first task comes after many requests without any takes no more memory than the first one did."""
+    lists: list[Any] = []
+
+    async def deferring(scope: Any, receive: Any, send: Any) -> None:
+        lists.append(tasks_from(scope))
+        lists[0].add_task(print)
+        await app(scope, receive, send)
+
+    async def main() -> None:
+        runner = Runner()
+        async with runner:
+            for each in [app] * 100 + [deferring]:
+                await DeferredMiddleware(each, runner)(http_scope(), no_more_messages, sent)
+
+    asyncio.run(main())
+    assert not [each for each in gc.get_referents(lists[0]) if isinstance(each, dict) and "_count" in each]
