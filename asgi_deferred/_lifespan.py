@@ -30,14 +30,13 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import Mapping
-from logging import getLogger
+from logging import DEBUG, ERROR
 from traceback import walk_tb
 from typing import Any
 
+from ._reports import write
 from ._runner import Runner
 from ._tasks import KEY
-
-logger = getLogger("asgi_deferred")
 
 # What an application that knows requests only looks up in vain.
 OF_REQUESTS = (
@@ -78,9 +77,9 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
             await app({**scope, KEY: block.tasks}, receive_and_drain, send_and_note)
         except Exception as exc:
             if not received and (_refuses_the_scope(exc) or not all(kind.startswith("lifespan.") for kind in sent)):
-                logger.debug("The application has no lifespan: %r", exc)
+                write(DEBUG, "The application has no lifespan: %r", exc)
             elif "lifespan.startup.complete" in sent and "lifespan.shutdown" not in received:
-                logger.exception("The application's lifespan ended early; tasks still run")
+                write(ERROR, "The application's lifespan ended early; tasks still run", error=exc)
                 await receive_and_drain()
                 raise
             else:

@@ -232,6 +232,25 @@ async def test_served_after_a_startup_that_failed() -> None:
     assert log == ["http.response.start", "http.response.body", "task", "returned"]
 
 
+async def test_a_log_that_raises_ends_no_lifespan(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G3, G10: a filter of the log that raises as a lifespan ends early, or is none, changes nothing for the server."""
+
+    def broken(_: logging.LogRecord) -> bool:
+        raise ZeroDivisionError
+
+    caplog.set_level(logging.DEBUG, "asgi_deferred")
+    apps = [app_that("receive", "startup.complete", "raise while serving"), app_that("raise")]
+    for app in apps:
+        wrapped = DeferredMiddleware(app)
+        expected = await drive(wrapped)
+        with monkeypatch.context() as patch:
+            logger = logging.getLogger("asgi_deferred")
+            patch.setattr(logger, "filters", [broken])
+            assert await drive(wrapped) == expected
+
+
 async def test_an_early_end_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
     """An exception out of a lifespan that was serving is logged when it happens, not only raised at shutdown."""
     await drive(DeferredMiddleware(app_that("receive", "startup.complete", "raise while serving")))
