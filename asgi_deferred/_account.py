@@ -267,14 +267,9 @@ class Account:
 
     def unpark(self, task: Any) -> None:
         """Queue the list of a task that has ended without the thread it waited for."""
-        line, queue = task._list, self.due
-        with self.lock:
-            line._parked = None
-            if queue.last is None:
-                queue.first = line
-            else:
-                queue.last._next = line
-            queue.last = line
+        line: Line = task._list
+        line._parked = None  # nobody else looks at it: the list has its turn until it is queued
+        self.push(self.due, line)
 
     def follow(self, run: Any) -> bool:
         """Let a run that keeps its place and thread go on to the next task of its list, if that is like its last."""
