@@ -20,7 +20,7 @@ from sentry_sdk.transport import Transport
 from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner
 
 from .support import Log, http_scope, no_more_messages, responder
-from .test_readme import blocks
+from .test_docs import shown
 
 pytestmark = pytest.mark.anyio
 
@@ -100,9 +100,9 @@ class Recorder(Transport):
 
 @pytest.fixture
 def sentry() -> Iterator[Recorder]:
-    """Sentry as the README sets it up, with a transport that records."""
+    """Sentry as the documentation sets it up, with a transport that records."""
     namespace: dict[str, Any] = {}
-    exec(next(code for _, code in blocks("python") if "def before_send" in code), namespace)
+    exec(shown("def before_send"), namespace)
     recorder = Recorder()
     with sentry_sdk.isolation_scope():
         client = sentry_sdk.Client(
