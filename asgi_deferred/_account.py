@@ -1,22 +1,26 @@
 """The account of every task: its state, the counts, the limits, and what is left to do.
 
-1. An accepted task is in exactly one state. `pending`, `active` and `ended` have how many are in each, and their sum is
-   what was accepted.
-2. A task enters a final state once. The first to close it wins. Everybody else is told so, and does nothing.
-3. A task is *settled* when its end has been reported. Whoever waits for tasks to end waits for that.
-4. A list is *active* from the end of its request, or from a late task, until no task of it is PENDING. While it is
-   active it is in the queue, or it belongs to the run that took it from there, or to a task of it that is parked. So
-   its tasks run one at a time.
-5. Nothing of the user's runs while the lock is held. Python runs finalisers and signal handlers where a function is
-   called, where a loop jumps back and, before 3.12, where a container is made. So what is under the lock is a straight
-   line: no call, no loop, no new container, and no last reference to anything of the user's is dropped.
-   The lock is re-entrant, in case Python one day finds another place.
-6. These are read without the lock: `state` and `_ended`, where what follows looks again under the lock or holds for
-   any value; `first` of a queue, as whoever adds to a queue looks for its turn afterwards; `unsettled`, which a waiter
-   reads after it has said that it waits, and whether anybody `waiting` is there, which is read after that count has
-   changed; whether the limit is passed, where one task too many or too few does no harm; `closed` and `draining`;
-   `_all`, as a list is opened once. Each is one attribute or item, read and written as a whole, with the GIL and
-   without.
+1. An accepted task is in exactly one state. `pending`, `active` and `ended` count the tasks in each state. Their sum
+   is the number of accepted tasks.
+2. A task enters a final state once. The first caller to close it wins. Every other caller learns that it lost, and
+   does nothing.
+3. A task is *settled* once its end has been reported. Code that waits for tasks to end waits until they are settled.
+4. A list is *active* from the end of its request, or from a late task on, until none of its tasks is PENDING. An
+   active list is in the queue, or belongs to the run that took it from the queue, or to one of its tasks that is
+   parked. So the tasks of a list run one at a time.
+5. No code of the user's runs while the lock is held. Python can run finalisers and signal handlers at a function call,
+   at the end of a loop's round and, before 3.12, when it creates a container. So code under the lock is a straight
+   line: no call, no loop, no new container. It never drops the last reference to an object of the user's.
+   The lock is re-entrant all the same, in case a future Python adds another such place.
+6. Some fields are read without the lock. Each is one attribute or item, which Python reads and writes as a whole, with
+   the GIL and without:
+   - `state` and `_ended`: the code that follows checks again under the lock, or is right for any value;
+   - `first` of a queue: whoever adds to a queue looks for its turn afterwards;
+   - `unsettled`: a waiter reads it after it has added itself to the waiters;
+   - `waiting` of the waiters: it is read after the count has changed;
+   - the limit: one task too many or too few does no harm;
+   - `closed` and `draining`: they are flags, and a caller that reads one too early could have come earlier;
+   - `_all`: it is set once, as the last field of a list that is opened.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from ._states import (
     Waiters,
 )
 
-KEPT = 64  # tasks that have ended and that a list still shows
+KEPT = 64  # how many ended tasks a list still shows
 
 
 class Account:
@@ -64,22 +68,22 @@ class Account:
         self.ended = dict.fromkeys(TaskState, 0)  # by final state
         self.unsettled = 0
         self.lines: dict[Line, None] = {}  # those with unsettled tasks
-        self.running: dict[Any, Any] = {}  # tasks that run or are about to, and how each of them does
-        self.announcing: dict[Any, None] = {}  # those whose start is being reported
+        self.running: dict[Any, Any] = {}  # tasks that run or are about to, each with its run
+        self.announcing: dict[Any, None] = {}  # tasks whose start is being reported
         self.due = Queue()
-        self.parked = Queue()  # tasks that came before those that are due; a thread is all they lack
-        self.spare = threads  # for engines' tasks that nothing may hold up,
-        self.urgent = Queue()  # and those of them that wait for one
-        self.homes: dict[Any, Home] = {}  # those of lifespans, by event loop
+        self.parked = Queue()  # tasks that came before those in `due`, and lack only a thread
+        self.spare = threads  # free threads for engines' tasks that nothing may hold up
+        self.urgent = Queue()  # the engines' tasks that wait for one of those threads
+        self.homes: dict[Any, Home] = {}  # the homes of lifespans, by event loop
         self.idle = Waiters()
         self.room = Waiters()
 
     # A task is accepted
 
     def accept(self, task: Any, limit: int | None, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
-        """Enter a task, and close `rival`, the PENDING one of the same key; return also whether that was so.
+        """Enter a task, and cancel `rival`, a PENDING task with the same key; return whether a rival was cancelled.
 
-        `seen` are the tasks whose key had the same hash when the rival was looked for.
+        `seen` has the tasks whose keys had the same hash when the caller looked for the rival.
         """
         line: Line = task._list
         live = self.homes.get(line._loop)
@@ -88,7 +92,7 @@ class Account:
         keys: dict[int, tuple[Any, ...]] = {}
         key, replaces = task._hash, False
         bucket = one if key is None else (*(other for other in seen if other is not rival), task)
-        before: Home | None = None  # which the list has left
+        before: Home | None = None  # the home that the list leaves
         answer = WAITS
         with self.lock:
             if line._all is None:
@@ -96,7 +100,7 @@ class Account:
                 line._ended_at = 0.0 if line._ended else inf
                 line._active = False
                 line._next = line._parked = line._keys = None
-                line._all = tasks  # last, as it is looked at without the lock
+                line._all = tasks  # last, because it is read without the lock
             if key is not None:
                 if line._keys is None:
                     line._keys = keys
@@ -108,7 +112,7 @@ class Account:
                 return Answer.FULL, False
             line._all += one
             line._count += 1
-            ended = line._ended  # looked at after that: a request without tasks ends without taking the lock
+            ended = line._ended  # read after the task is in: a request without tasks ends without taking the lock
             home = line._home
             if home is None or home.closed:
                 home = live if live is not None and not live.closed else None
@@ -125,7 +129,7 @@ class Account:
                 line._home = home
             if rival is not None and replaces:
                 rival.state = CANCELLED
-                if rival in self.running:  # it was about to run
+                if rival in self.running:  # it was about to start
                     run = self.running[rival]  # noqa: F841 - as in `close`
                     del self.running[rival]
                 self.pending -= 1
@@ -148,7 +152,10 @@ class Account:
         return answer, replaces
 
     def rival(self, task: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Return the task of the same key in the task's list, and all tasks with that hash. Raises what `==` raises."""
+        """Return the task with the same key in this list, and all tasks whose keys have its hash.
+
+        Raises what the `==` of a key raises.
+        """
         line: Line = task._list
         keys = None if line._all is None else line._keys
         seen = keys.get(task._hash, ()) if keys is not None else ()
@@ -157,9 +164,9 @@ class Account:
     # Turns and places
 
     def end(self, line: Line, home: Home) -> Sequence[Any] | None:
-        """Let a list's tasks run in `home`, and queue the list; return None if that is closed.
+        """Let a list's tasks run in `home`, and queue the list; return None if the home is closed.
 
-        Tasks that run apart are returned, for the caller to queue. Those added later are DUE, and not among them.
+        Return the tasks that run independently, for the caller to queue. Later ones are DUE when they are added.
         """
         queue = self.due
         with self.lock:
@@ -187,9 +194,9 @@ class Account:
         return tasks[:count] if apart else ()
 
     def go(self, line: Line, home: Home, run: Any) -> bool:
-        """Do what `end` and then `take` would do for a list's first task, if that is async and nothing waits.
+        """Do `end` and `take` in one step for a list whose first task is async, if nothing else waits.
 
-        It is what most requests need. Return False, with nothing done, if more is to be considered.
+        Most requests end this way. For any other request, do nothing and return False.
         """
         with self.lock:
             if line._all is None or line._position == line._count or line._home is not home:
@@ -218,7 +225,7 @@ class Account:
             queue.last = entry
 
     def take(self, run: Any) -> Turn:
-        """Give a place, and to a sync task a thread, to the task whose turn it is, and say that `run` runs it."""
+        """Give a place, and a thread if it is sync, to the task whose turn it is, and let `run` run it."""
         with self.lock:
             parked = self.threads > 0 and self.parked.first is not None
             queue = self.parked if parked else self.due
@@ -266,13 +273,13 @@ class Account:
             return TAKEN
 
     def unpark(self, task: Any) -> None:
-        """Queue the list of a task that has ended without the thread it waited for."""
+        """Queue the list of a task that ended while it waited for a thread."""
         line: Line = task._list
-        line._parked = None  # nobody else looks at it: the list has its turn until it is queued
+        line._parked = None  # no lock is needed: the list keeps its turn until it is queued
         self.push(self.due, line)
 
     def follow(self, run: Any) -> bool:
-        """Let a run that keeps its place and thread go on to the next task of its list, if that is like its last."""
+        """Let a run keep its place and thread for the next task of its list, if that is a sync task without timeout."""
         line = run.line
         with self.lock:
             position = line._position
@@ -289,7 +296,7 @@ class Account:
             return True
 
     def claim(self, run: Any) -> bool:
-        """Say that `run` runs its task; return False if that has ended, or another does."""
+        """Note that `run` runs its task; return False if the task has ended, or another run has it."""
         task = run.task
         with self.lock:
             if task.state is not PENDING or task in self.running:
@@ -298,7 +305,7 @@ class Account:
             return True
 
     def release(self, run: Any) -> bool:
-        """Give back a run's place, and queue the rest of its list; return whether it had not been released before."""
+        """Free a run's place, and queue the rest of its list; return False if that has been done before."""
         line, queue = run.line, self.due
         with self.lock:
             if run.released:
@@ -319,7 +326,7 @@ class Account:
             return True
 
     def take_urgent(self) -> Any:
-        """Give a spare thread to the run whose turn it is."""
+        """Give a spare thread to the first run that waits for one."""
         with self.lock:
             run = self.urgent.first
             if run is None or not self.spare:
@@ -341,7 +348,7 @@ class Account:
     # A task runs, and ends
 
     def begin(self, run: Any, *, announce: bool) -> bool:
-        """Enter RUNNING, if a claimed task is PENDING and its home open. With `announce`, `announced` has to follow."""
+        """Enter RUNNING if a claimed task is PENDING and its home is open. With `announce`, call `announced` later."""
         task = run.task
         with self.lock:
             if task.state is not PENDING or (run.home is not None and run.home.closed):
@@ -354,7 +361,7 @@ class Account:
             return True
 
     def announced(self, task: Any) -> bool:
-        """Note that the start was reported; return whether the task still runs. If not, its end is to be reported."""
+        """Note that the start was reported; return whether the task still runs. If it does not, report its end."""
         with self.lock:
             del self.announcing[task]
             return task.state is RUNNING
@@ -362,7 +369,7 @@ class Account:
     def close(
         self, task: Any, state: TaskState, error: BaseException | None = None, *, waiting: bool = False
     ) -> Closed:
-        """Enter a final state, unless the task has one (with `waiting`: unless it is not PENDING)."""
+        """Enter a final state, unless the task is in one. With `waiting`, only a PENDING task is closed."""
         with self.lock:
             before = task.state
             if before is not PENDING and (waiting or before is not RUNNING):
@@ -380,7 +387,7 @@ class Account:
             return ANNOUNCED if task in self.announcing else WON
 
     def settle(self, task: Any) -> bool:
-        """Note that the end of a task was reported; return whether that was the last of its list."""
+        """Note that the end of a task was reported; return whether no other task of its list is unsettled."""
         line: Line = task._list
         with self.lock:
             self.unsettled -= 1
@@ -395,10 +402,10 @@ class Account:
         return last
 
     def retire(self, run: Any) -> bool | None:
-        """Do what `close`, `settle` and `release` would do for a task that has succeeded; `settled` has to follow.
+        """Do `close`, `settle` and `release` in one step for a task that has succeeded. Call `settled` afterwards.
 
-        It is for tasks of whose end nobody is told. Return whether it was the last of its list; None, with nothing
-        done, if somebody has given up on it.
+        It is for a task whose end nobody observes. Return whether no other task of its list is unsettled. If the task
+        was given up in the meantime, do nothing and return None.
         """
         task, line, queue = run.task, run.line, self.due
         with self.lock:
@@ -430,7 +437,7 @@ class Account:
             return last
 
     def settled(self, task: Any, line: Line, home: Home | None) -> None:
-        """Let go of a task that was settled, and wake who waited for that."""
+        """Detach a settled task from its list, and wake the waiters whose condition is now true."""
         if task._hash is not None:
             self._forget_key(line, task)
         task._list = None
@@ -457,7 +464,7 @@ class Account:
     # A list's tasks
 
     def rearrange(self, line: Line, arrange: Callable[[list[Any]], list[Any]]) -> None:
-        """Replace the tasks that a list has not come to by what `arrange` makes of them."""
+        """Replace the tasks that a list has not reached by what `arrange` returns for them."""
         while True:
             with self.lock:
                 tasks, count, position = line._all, line._count, line._position
@@ -471,7 +478,7 @@ class Account:
                     return
 
     def prune(self, line: Line) -> None:
-        """Let a list forget tasks that have ended, but for the last few."""
+        """Let a list forget its ended tasks, except for the last few."""
         if line._count <= KEPT + 2 * line._unsettled:
             return
         with self.lock:
@@ -489,7 +496,7 @@ class Account:
     # Homes
 
     def enter(self, loop: Any, home: Home) -> Home:
-        """Enter the home of an event loop's lifespans; make it `home` if there is none, or only one that ends."""
+        """Enter the home of an event loop's lifespans; it becomes `home` if the loop has no open one."""
         with self.lock:
             if loop in self.homes and not self.homes[loop].closed:
                 home = self.homes[loop]
@@ -499,7 +506,7 @@ class Account:
             return home
 
     def shut(self, home: Home) -> bool:
-        """Return whether a home is empty or given up; if nobody else has entered it, it takes no more tasks then."""
+        """Return whether a home is empty or given up; close it then, unless another entry still uses it."""
         with self.lock:
             if home.unsettled and not home.over:
                 return False
@@ -515,7 +522,7 @@ class Account:
                     del self.homes[loop]
 
     def unfinished(self, home: Home | None = None) -> list[Any]:
-        """Return what is PENDING or RUNNING in a home, or in all."""
+        """Return the PENDING and RUNNING tasks of a home, or of all homes."""
         lines = [line for line in tuple(self.lines) if home is None or line._home is home]
         return [task for line in lines for task in tuple(line._all) if task.state in (PENDING, RUNNING)]
 

@@ -1,8 +1,8 @@
 """How one task is called.
 
-A sync task is called in a thread, and the context managers of `around` are entered there. An async task, and what a
-sync one returned, is awaited on the event loop. Its timeout is inside the context managers, so they see it and can
-still await.
+A sync task is called in a thread, and that thread enters the context managers of `around`. An async task is awaited on
+the event loop, and so is the awaitable that a sync task returned. The timeout is inside the context managers, so that
+they see it and can still await.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._tasks import DeferredTask
 
 
 def call_sync(task: DeferredTask, around: Sequence[Around]) -> Awaitable[Any] | None:
-    """Call a sync task; return what is to be awaited before it has ended."""
+    """Call a sync task; return the awaitable it returned, if any."""
     func = task.func
     try:
         if not around:
@@ -30,11 +30,11 @@ def call_sync(task: DeferredTask, around: Sequence[Around]) -> Awaitable[Any] | 
                 for each in around:
                     _enter(stack, each(task), here=True)
                 call = task._call
-                if call is None:  # a timeout or a shutdown has given up on the task meanwhile
+                if call is None:  # a timeout or a shutdown gave up on the task in the meantime
                     return None
                 result = call(*task.args, **task.kwargs)
     finally:
-        del task  # its error is about to have this frame in its traceback
+        del task  # or a cycle: the task keeps its error, whose traceback keeps this frame
     if result is None:
         return None
     if isawaitable(result):
@@ -51,7 +51,7 @@ def call_sync(task: DeferredTask, around: Sequence[Around]) -> Awaitable[Any] | 
 async def call_async(
     task: DeferredTask, around: Sequence[Around], loop: Loop, seconds: float | None, returned: Awaitable[Any] | None
 ) -> None:
-    """Call and await an async task, or await what a sync one `returned`, for so many seconds.
+    """Call and await an async task, or await what a sync task `returned`, for at most `seconds`.
 
     Raises:
         TaskTimedOut: The time is over.
@@ -74,7 +74,7 @@ async def call_async(
             except TimeUp as exc:
                 raise timed_out(task) from exc.__cause__
     finally:
-        del task, returned  # as above
+        del task, returned  # see `call_sync`
         awaitable = None
 
 
@@ -88,6 +88,6 @@ def timed_out(task: DeferredTask) -> TaskTimedOut:
 
 
 def close_unawaited(awaitable: Awaitable[Any] | None) -> None:
-    """Close what nobody will await, or Python warns about it."""
+    """Close an awaitable that nobody will await, as Python would warn about it."""
     if close := getattr(awaitable, "close", None):
         close()

@@ -1,4 +1,4 @@
-"""What can be told of a callable without calling it."""
+"""What a callable reveals without being called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unwrap_partial(func: Any) -> Any:
 
 
 def name_of(func: Any) -> str:
-    """Name a callable: its qualified name, that of what a `partial` wraps, or its type's."""
+    """Return the qualified name of a callable, of the function in a `partial`, or of the callable's type."""
     if type(func) is FunctionType:
         return func.__qualname__
     func = unwrap_partial(func)
@@ -23,12 +23,12 @@ def name_of(func: Any) -> str:
 
 
 def is_async(func: Any) -> bool:
-    """Whether calling `func` gives a coroutine, as far as can be told without calling it."""
+    """Whether calling `func` returns a coroutine, as far as this shows without a call."""
     inner = func.__func__ if type(func) is MethodType else func
     if type(inner) is FunctionType:
         if inner.__code__.co_flags & CO_COROUTINE:
             return True
-        if not inner.__dict__:  # nor has anyone marked it as one
+        if not inner.__dict__:  # so nobody has marked it as a coroutine function
             return False
     func = unwrap_partial(func)
     return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004

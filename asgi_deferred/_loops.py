@@ -1,12 +1,12 @@
 """Native tasks of the event loop, and calls from other threads, on asyncio and trio.
 
-1. A deferred task runs in a native task of its own. What it does to that task, such as leaving a cancel scope, a task
-   group or a timeout open, ends with it.
-2. On asyncio that is one task, made with the context and the name it is to have. On trio it is a system task with a
-   nursery, and a child in that nursery makes the call. Trio raises a corrupted scope stack out of the task that left
-   it so, and here the nursery catches it.
-3. `call_soon` may be called from any thread, finaliser and signal handler. It never blocks.
-4. `spawn` runs nothing of the user's before it returns, whatever the event loop's task factory is.
+1. A deferred task runs in a native task of its own. If it leaves a cancel scope, a task group or a timeout open, that
+   ends with the native task.
+2. On asyncio this is one task, created with the deferred task's context and name. On trio it is a system task with a
+   nursery, and a child in that nursery makes the call. When a task corrupts its stack of cancel scopes, trio raises an
+   error out of that task. The nursery catches it.
+3. `call_soon` may be called from any thread, finaliser or signal handler. It never blocks.
+4. `spawn` runs no code of the user's before it returns, whatever the event loop's task factory is.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from typing import Any, Protocol
 
 
 class TimeUp(Exception):
-    """Raised by `within` when the time is over; `__cause__` is the cancellation, and says where."""
+    """Raised by `within` when the time is over. `__cause__` is the cancellation; its traceback says where."""
 
 
 class Job(Protocol):
-    """What a native task runs."""
+    """The work of a native task."""
 
-    native: Any  # has `cancel()`; None before the native task was made
+    native: Any  # has `cancel()`; None until the native task exists
 
     async def main(self) -> None:
         """Run it. Never raises."""
 
     def lost(self, native: Any = None) -> None:
-        """Learn that the native task has ended, though `main` may not have had its first step."""
+        """Learn that the native task has ended. It may have been cancelled before the first step of `main`."""
 
 
 class Loop(Protocol):
-    """An event loop, and the thread it runs in. All but `call_soon` is used in that thread."""
+    """An event loop. Everything except `call_soon` and `is_running_here` belongs to the thread it runs in."""
 
     Cancelled: type[BaseException]
     only_by_us: bool  # whether nobody else can cancel our native tasks
 
     def is_running_here(self) -> bool:
-        """Whether the code that asks runs on this loop."""
+        """Whether the calling code runs on this loop."""
         ...
 
     def call_soon(self, func: Callable[..., object], *args: object) -> bool:
@@ -51,7 +51,7 @@ class Loop(Protocol):
         ...
 
     def call_later(self, seconds: float, func: Callable[..., object], *args: object) -> Callable[[], object]:
-        """Call a function after a time; return what calls that off."""
+        """Call a function after `seconds`; return a function that cancels this."""
         ...
 
     def spawn(self, job: Job, context: Context, name: str) -> bool:
@@ -59,17 +59,17 @@ class Loop(Protocol):
         ...
 
     async def within(self, seconds: float, awaitable: Awaitable[Any]) -> None:
-        """Await something in the native task that calls this. Raises TimeUp once the time is over."""
+        """Await something in the calling native task. Raises TimeUp once `seconds` are over."""
         ...
 
 
 def running_loop() -> Any:
-    """Return the native event loop that runs this code, on trio its token; None outside of any."""
+    """Return the running event loop, or on trio its token; None if there is none."""
     loop = _get_running_loop()
     if loop is None and "trio" in sys.modules:
         try:
             return sys.modules["trio"].lowlevel.current_trio_token()
-        except (RuntimeError, AttributeError):  # AttributeError: another thread is importing it just now
+        except (RuntimeError, AttributeError):  # AttributeError: another thread is importing trio right now
             return None
     return loop
 
@@ -93,7 +93,7 @@ class AsyncioLoop:
     def call_soon(self, func: Callable[..., object], *args: object) -> bool:
         try:
             self.native.call_soon_threadsafe(func, *args, context=Context())
-        except RuntimeError:  # it is closed
+        except RuntimeError:  # the loop is closed
             return False
         return True
 
@@ -101,10 +101,10 @@ class AsyncioLoop:
         return self.native.call_later(seconds, func, *args, context=Context()).cancel
 
     def spawn(self, job: Job, context: Context, name: str) -> bool:
-        # Not the loop's `create_task`: its factory may be eager.
+        # The loop's own `create_task` may have an eager task factory.
         native = asyncio.Task(job.main(), loop=self.native, context=context, name=name)
         job.native = native
-        native.add_done_callback(job.lost, context=context)  # `main` removes it, as it would cost a turn of the loop
+        native.add_done_callback(job.lost, context=context)  # `main` removes it, to save a turn of the loop
         return True
 
     async def within(self, seconds: float, awaitable: Awaitable[Any]) -> None:
@@ -117,7 +117,7 @@ class AsyncioLoop:
                 raise TimeUp from exc.__cause__
             raise
         finally:
-            del scope, awaitable  # they may lead to the error, and its traceback here
+            del scope, awaitable  # or a cycle: they may lead to the error, whose traceback keeps this frame
 
 
 class TrioLoop:
@@ -178,7 +178,7 @@ class TrioLoop:
                     raise
             if scope.cancelled_caught:
                 raise TimeUp from where
-        except RuntimeError:  # our scope cannot be left, as what we awaited has left one open
+        except RuntimeError:  # trio cannot leave our scope, because the awaited code left one open inside it
             if not returned:
                 raise
         finally:

@@ -1,4 +1,4 @@
-"""How a request ended: messages in, outcome out. Pure, no I/O, no async.
+"""How a request ended: messages in, outcome out. Pure functions, without I/O or async.
 
 Which message is final
 ======================
@@ -15,11 +15,11 @@ Which message is final
 How a request ended
 ===================
 
-6. A response is complete once its final message was handed to the server; that the server then
-   raised from `send`, because the client had gone, does not undo it.
-7. A websocket is also complete when the application returned: the server closes it then.
-8. Any exception out of the application is the outcome's error, cancellation included, also one that came out of
-   `send` while it took the final message: what the application does after that line, a commit, was not done.
+6. A response is complete once its final message was handed to the server. It stays complete if the server then raises
+   from `send` because the client has left.
+7. A websocket is also complete when the application returns, because the server closes it then.
+8. Any exception out of the application is the outcome's error, cancellation included. This holds even if it came out
+   of `send` with the final message: the application then skipped the code after that line, such as a commit.
 
 ASGI: HTTP & WebSocket spec, sections "Response Body", "Close"; extensions "http.response.trailers",
 "http.response.pathsend", "http.response.zerocopysend", "websocket.http.response".
@@ -57,9 +57,10 @@ class Outcome:
         type: "http", "websocket", or "lifespan" for tasks added outside any request.
         status: The response's status; `None` for an accepted websocket, or if no response was started.
         complete: Whether the final message was handed to the server.
-        error: What the application raised. Once the request's tasks have ended, their list's outcome has it no more,
-            as it would keep the frames of the failed request.
-        success: Complete, no error, and a status (if there is one) below 400. A websocket need not be complete.
+        error: The exception that the application raised. Once all tasks of the request have ended, the outcome of
+            their list drops it, because it would keep the frames of the failed request alive.
+        success: True if the request is complete, has no error, and has no status of 400 or above. A websocket need
+            not be complete.
     """
 
     type: Literal["http", "websocket", "lifespan"]
@@ -70,30 +71,30 @@ class Outcome:
 
     def __post_init__(self) -> None:
         complete = self.complete or self.type == "websocket"
-        # A status that is no number may have got past the server.
+        # Some servers let a status pass that is not a number.
         below_400 = self.status is None or (isinstance(self.status, int) and self.status < 400)
         object.__setattr__(self, "success", complete and self.error is None and below_400)
 
     def without_error(self) -> Outcome:
-        """Return the same outcome, no more successful, without the exception and its frames."""
+        """Return a copy without the exception and its frames; `success` stays as it is."""
         outcome = Outcome(self.type, self.status, self.complete)
         object.__setattr__(outcome, "success", self.success)
         return outcome
 
 
-# Requests that end alike share one.
+# Requests that end in the same way share one outcome.
 without_error = lru_cache(typed=True)(Outcome)
 
 
 _Rule: TypeAlias = Literal["success", "complete", "failure", "always"]
 When: TypeAlias = _Rule | Callable[[Outcome], bool]
-"""After which requests a task runs: "success", "complete", "failure", "always", or a function of the `Outcome`."""
+"""After which requests a task runs: "success", "complete", "failure", "always", or a function `(Outcome) -> bool`."""
 
 WHEN: tuple[_Rule, ...] = ("success", "complete", "failure", "always")
 
 
 def check_when(when: object) -> None:
-    """Raise ValueError or TypeError for what cannot be a `when`."""
+    """Raise ValueError or TypeError if `when` is not valid."""
     if when not in WHEN if isinstance(when, str) else not callable(when):
         raise ValueError(f"when={when!r} is unknown: use one of {WHEN} or a callable (Outcome) -> bool")
     if is_async(when):
@@ -101,7 +102,7 @@ def check_when(when: object) -> None:
 
 
 def lets_through(when: When, outcome: Outcome) -> bool:
-    """Decide from its outcome whether a request's task runs. Raises what a callable `when` raises."""
+    """Decide from a request's outcome whether its task runs. Raises what a callable `when` raises."""
     if when == "success":
         return outcome.success
     if when == "always":
@@ -121,7 +122,7 @@ _RULES = {
 
 
 def why_skipped(when: When, outcome: Outcome) -> str:
-    """Say in a few words how the request of a skipped task ended, and name its rule."""
+    """Describe in a few words how the request of a skipped task ended, and name the rule that skipped the task."""
     said = []
     status, error = outcome.status, outcome.error
     if status is not None:
@@ -134,7 +135,7 @@ def why_skipped(when: When, outcome: Outcome) -> str:
 
 
 def explain_rule(when: When, outcome: Outcome) -> str:
-    """Say by which rule a task was skipped, and which others would have let it run."""
+    """Explain the rule that skipped a task, and list the rules that would have let it run."""
     rule = _RULES[when] if isinstance(when, str) else "the function returned false"
     others = ", ".join(f'options(when="{other}")' for other in WHEN if lets_through(other, outcome))
     return f"{rule}; these would have run it: {others}"

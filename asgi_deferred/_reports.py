@@ -1,10 +1,12 @@
-"""What observers are told, and what the log says: the one door through which anything is reported.
+"""Events for observers, and lines for the log. Every report leaves through this module.
 
-1. A report is made outside the account's lock and in the context of the task. It never raises, whatever an observer,
-   or a handler, filter or formatter of the log, does.
-2. Each final state makes one event and, where it is not what the user wanted, one line in the log. DEBUG has the rest.
-   That tasks were skipped is said at INFO, with what to write instead, once for each line of code that adds them.
-3. A line names the task, the place that added it, and the request. It is one line, cut to length, with no argument.
+1. A report is made outside the account's lock and in the context of the task. It never raises, whatever an observer
+   does, or a handler, filter or formatter of the log.
+2. Each final state makes one event. If it is a state that the user did not want, it also makes one line in the log.
+   The other states are logged at DEBUG. A skipped task is logged at INFO once for each line of code that adds it, with
+   advice on what to write instead.
+3. A line names the task, the line of code that added it, and the request. It has one line, a limited length, and no
+   argument of the task.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def report(task: DeferredTask, state: TaskState, observers: Sequence[Callable[[T
 
 
 def is_quiet(observers: Sequence[Callable[[TaskEvent], object]]) -> bool:
-    """Whether nobody is told of a task that succeeds."""
+    """Whether neither an observer nor the log wants to know about a task that succeeds."""
     return not observers and not logger.isEnabledFor(DEBUG)
 
 
@@ -54,7 +56,7 @@ def log_abandoned(seconds: float, tasks: Iterable[DeferredTask]) -> None:
 
 
 def warn_mounted(tasks: DeferredTasks) -> None:
-    """Warn once of a middleware that no lifespan reaches, on a server that runs one."""
+    """Warn once about a middleware that the server's lifespan does not reach."""
     if _is_first(tasks, "mounted"):
         write(
             WARNING,
@@ -69,18 +71,18 @@ def warn_mounted(tasks: DeferredTasks) -> None:
 def write(
     level: int, message: str, *args: Any, error: BaseException | None = None, extra: dict[str, Any] | None = None
 ) -> None:
-    """Write to the log, whatever its handlers do."""
+    """Write to the log. An error of a handler, filter or formatter goes to stderr instead."""
     try:
         logger.log(level, message, *args, exc_info=error, extra=extra)
     except BaseException:
         try:
             print_exc()
-        except BaseException:  # stderr is gone as well
+        except BaseException:  # stderr does not work either
             return
 
 
 def _fields(task: DeferredTask, state: TaskState) -> dict[str, Any]:
-    """Return what a log line says of a task, for those who read it by program."""
+    """Return the fields of a log record, for programs that read the log."""
     event = TaskEvent._now(task, task._list, state)
     return {
         "task_name": _short(task.name)[1:-1],
@@ -124,20 +126,20 @@ def _log(task: DeferredTask, state: TaskState) -> None:
 
 
 def _level(task: DeferredTask, state: TaskState) -> int:
-    """Return the most urgent level at which there may be something to say of a task that has not succeeded."""
+    """Return the highest level at which `_log` may log a task that has not succeeded."""
     if state is TaskState.SKIPPED:
         return INFO
     return DEBUG if state is TaskState.CANCELLED and task.error is None else ERROR
 
 
 def _is_first(tasks: DeferredTasks, what: str) -> bool:
-    """Whether the runner has not been told of something before; in one thread only, if several ask at a time."""
+    """Whether this is the first time that the runner says something. Only one of several threads gets True."""
     mark = object()
     return tasks._host.told.setdefault(what, mark) is mark
 
 
 def _hint(task: DeferredTask) -> str:
-    """Say what is likely if a function does not take a keyword that is one of our options."""
+    """Explain a likely mistake: one of our options was passed as a keyword argument of the function."""
     if isinstance(task.error, TypeError):
         for option in ("when", "timeout", "key", "name", "durable"):
             if option in task.kwargs and f"unexpected keyword argument '{option}'" in str(task.error):

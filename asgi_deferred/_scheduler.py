@@ -1,13 +1,15 @@
 """Which task runs when and where, and how it ends.
 
-1. Lists, and tasks that run apart, wait in one queue for a place (`max_concurrency`): first come, first served,
-   whatever their event loop. A sync task needs a thread as well (`max_threads`), and waits for that without a place.
-2. A `Run` is the way of one task through here. When it is *released*, its place is free and its list queues for its
-   next turn. That happens once: whoever runs it does it, or whoever gives up on a thread or a native task.
+1. Lists wait in one queue for a place (`max_concurrency`), and so do tasks that run independently of their list. The
+   queue is first come, first served, across all event loops. A sync task needs a thread as well (`max_threads`). While
+   it waits for the thread, it takes no place.
+2. A `Run` takes one task from its turn to its end. Once a run is *released*, its place is free and its list queues for
+   its next turn. A run is released once, either by the code that runs the task or by the code that gives up on it.
 3. An async task runs in a native task of its own, in the context of the line that added it. Consecutive sync tasks
-   of a list, if they have no timeout, share one hop to a thread. What a sync task returned is awaited in a native task.
-4. Tasks of engines take no place and no pooled thread when a response waits for them, or when a drain begins.
-5. Inside `add`, `cancel` and `end` nothing of the user's runs, except reports of tasks that these calls end.
+   of a list share one hop to a thread if they have no timeout. If a sync task returns an awaitable, a native task
+   awaits it.
+4. Engines' tasks take no place and no pooled thread while a response waits for them, or once a drain has begun.
+5. `add`, `cancel` and `end` run no code of the user's, except reports of tasks that these calls end.
 """
 
 from __future__ import annotations
@@ -37,23 +39,23 @@ inside: ContextVar[DeferredTask | None] = ContextVar("asgi_deferred_task", defau
 
 
 class Run:
-    """The way of one task (rule 2), and the job of its native task."""
+    """One task from its turn to its end (rule 2), and the job of its native task."""
 
     task: DeferredTask
     loop: Any
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.line: Line | None = None  # the list whose turn this is; None for a task that runs apart
+        self.line: Line | None = None  # the list whose turn this is; None for a task that runs independently
         self.home: Any = None
         self.native: Any = None
-        self.returned: Awaitable[Any] | None = None  # what a sync task left to be awaited
-        self.stop: Callable[[], object] | None = None  # calls off the timeout of a sync task
+        self.returned: Awaitable[Any] | None = None  # the awaitable that a sync task returned
+        self.stop: Callable[[], object] | None = None  # cancels the timer of a sync task
         self.then: Callable[[], object] | None = None  # called on release
         self.placed = True
         self.released = False
-        self.given_up = False  # the task was closed by somebody else while it ran
-        self.abandoned = False  # we have cancelled it
+        self.given_up = False  # other code closed the task while it ran
+        self.abandoned = False  # a drain has cancelled it
         self._next: Run | None = None
 
     async def main(self) -> None:
@@ -76,10 +78,10 @@ class Run:
             scheduler.succeed(self)
         finally:
             scheduler.release(self)
-            del self, scheduler, task, returned  # a traceback has this frame, and the task has the traceback
+            del self, scheduler, task, returned  # or a cycle: the error's traceback keeps this frame alive
 
     def state_after(self, error: BaseException) -> TaskState:
-        """Decide by what came out of its native task how a task ended."""
+        """Return the final state of a task whose native task raised `error`."""
         if isinstance(error, TaskTimedOut):
             return TaskState.TIMED_OUT
         if self.abandoned or (isinstance(error, GeneratorExit) and not self.loop.is_running_here()):
@@ -89,14 +91,14 @@ class Run:
         return FAILED
 
     def _state_if_cancelled(self) -> TaskState:
-        """Decide who has cancelled it: in a drain, an event loop that ends cancels all that is left, in any order."""
+        """Tell a drain's cancellation from any other: an event loop that ends in a drain cancels tasks in any order."""
         drains = self.home is not None and self.home.draining
         if self.abandoned or self.loop.only_by_us or (drains and self.native.cancelling()):
             return TaskState.ABANDONED
         return TaskState.CANCELLED
 
     def lost(self, _: Any = None) -> None:
-        """The native task has ended. If it was cancelled before its first step, `main` has not seen to anything."""
+        """End a run whose native task was cancelled before its first step, so that `main` never ran."""
         if not self.released:
             self.scheduler.close_outside(self.task, self._state_if_cancelled())
             close_unawaited(self.returned)
@@ -113,11 +115,11 @@ class Scheduler:
         schedulers.add(self)
 
     def reset(self) -> None:
-        """Start from nothing."""
+        """Start with an empty account and no threads."""
         settings = self.settings
         self.account = Account(settings.max_concurrency, settings.max_threads, settings.max_pending)
         self.threads = Threads()
-        self.cancelled: dict[Home, None] = {}  # those of calls that were cancelled, and drain
+        self.cancelled: dict[Home, None] = {}  # the homes of cancelled calls, while they drain
 
     # Tasks and lists come in
 
@@ -131,7 +133,7 @@ class Scheduler:
             account.prune(tasks)
         limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else None
         rival: Any = None
-        while True:  # until nobody has taken the key meanwhile
+        while True:  # until no other thread has taken the key in the meantime
             if task._hash is None:
                 answer, replaced = account.accept(task, limit, None, ())
             else:
@@ -157,7 +159,7 @@ class Scheduler:
         if answer is Answer.COMPLETE:
             raise _nothing_to_hold_back(task)
         account.push(account.due, task if tasks._apart else tasks)
-        if not tasks._home.loop.call_soon(self.pump):  # it is gone
+        if not tasks._home.loop.call_soon(self.pump):  # the loop has ended
             self.close_outside(task, TaskState.ABANDONED)
             self.pump()
 
@@ -187,7 +189,7 @@ class Scheduler:
     # Places, threads and native tasks
 
     def pump(self) -> None:
-        """Start what has its turn, as long as there are places; in any thread."""
+        """Start the tasks whose turn it is, as long as places are free. Safe from any thread."""
         account = self.account
         while account.due.first is not None or account.parked.first is not None:
             run = Run(self)
@@ -204,7 +206,7 @@ class Scheduler:
     def _spawn(self, run: Run) -> None:
         """Run a task in a native task of its event loop."""
         context = run.task._context
-        if context is None:  # it has ended just now
+        if context is None:  # the task has just ended
             self._pass_on(run)
             return
         if run.loop.is_running_here():
@@ -221,7 +223,7 @@ class Scheduler:
         self.pump()
 
     def _start_thread(self, run: Run) -> None:
-        """Run a task, and those after it that may share its hop, in a thread."""
+        """Run a task in a thread, and after it the tasks that may share its hop."""
         spare = not run.placed
         hop = [run]
 
@@ -239,13 +241,13 @@ class Scheduler:
             self._watch(run)
         try:
             self.threads.start(job, done)
-        except RuntimeError as exc:  # the system's limit is lower than ours
+        except RuntimeError as exc:  # the operating system allows fewer threads than we do
             self.account.free_thread(spare=spare)
             self.close_outside(run.task, FAILED, exc)
             self._pass_on(run)
 
     def _run_hop(self, hop: list[Run]) -> None:
-        """In the thread: leave in `hop` the run that is to be released."""
+        """In the thread: run the tasks of a hop, and leave in `hop` the run to release."""
         run = hop[0]
         try:
             while True:
@@ -264,11 +266,11 @@ class Scheduler:
                 if run.line is None or run.given_up or run.task.timeout is not None or not self.account.follow(run):
                     return
         finally:
-            del run, context  # as in `Run.main`
+            del run, context  # see `Run.main`
 
     def call(self, run: Run) -> Awaitable[Any] | None:
-        """In the thread and the task's context: run a sync task; return what is to be awaited."""
-        if sniffio := sys.modules.get("sniffio"):  # as anyio's own threads do: there is no event loop here
+        """In the thread and the task's context: run a sync task; return the awaitable it returned, if any."""
+        if sniffio := sys.modules.get("sniffio"):  # the context names an event loop, and none runs in this thread
             sniffio.current_async_library_cvar.set(None)
         try:
             if not self.begin(run):
@@ -281,11 +283,11 @@ class Scheduler:
                 return returned
             self.finish(run, SUCCEEDED)
         finally:
-            del run  # as in `Run.main`
+            del run  # see `Run.main`
         return None
 
     def _await(self, run: Run) -> None:
-        """Await what a sync task returned."""
+        """Await the awaitable that a sync task returned."""
         if run.task.state is RUNNING:
             self._spawn(run)
         else:
@@ -293,7 +295,7 @@ class Scheduler:
             self.release(run)
 
     def _watch(self, run: Run) -> None:
-        """Give up on a sync task when its time is over."""
+        """Start the timer of a sync task's timeout."""
         if not run.loop.is_running_here():
             run.loop.call_soon(self._watch, run)
         elif not run.released:
@@ -304,20 +306,20 @@ class Scheduler:
             self.release(run)
 
     def release(self, run: Run) -> None:
-        """End a run, and start what has its turn now."""
+        """End a run, and start the tasks whose turn it is now."""
         if not run.released:
             self._pass_on(run)
         self.pump()
 
     def _pass_on(self, run: Run) -> None:
-        """Free a run's place, and queue what its list has next."""
+        """Free a run's place, and queue the rest of its list."""
         if self.account.release(run) and run.then is not None:
             run.then()
 
     # Engines' tasks that nothing may hold up
 
     def enqueue(self, task: DeferredTask, home: Home | None, loop: Any, then: Callable[[], object]) -> None:
-        """Let an engine's task run past all that waits for a place or a thread, and call `then`. On the task's loop."""
+        """Run an engine's task ahead of everything that waits, then call `then`. Call it on the task's loop."""
         run = Run(self)
         run.task, run.home, run.loop, run.then = task, home, loop, then
         run.placed = False
@@ -336,7 +338,7 @@ class Scheduler:
             self._start_thread(run)
 
     def expedite(self, tasks: DeferredTasks) -> None:
-        """Enqueue a list's engine tasks now, one after the other. On its loop."""
+        """Enqueue a list's engine tasks now, one after the other. Call it on the list's loop."""
         waiting = iter([task for task in tasks if task.state is PENDING and task._enqueues])
 
         def following() -> None:
@@ -347,19 +349,19 @@ class Scheduler:
 
         busy = [run for task, run in tuple(self.account.running.items()) if task._list is tasks and task._enqueues]
         if busy and not busy[0].released:
-            busy[0].then = following  # that one comes first
+            busy[0].then = following  # the one that is being enqueued comes first
         else:
             following()
 
     # A task begins, and ends
 
     def begin(self, run: Run) -> bool:
-        """In the task's context: claim a task that is about to run, and return whether it shall."""
+        """In the task's context: start a task, or end it; return whether to call its function."""
         task = run.task
         tasks = task._list
         try:
             outcome = None if tasks is None else tasks._outcome
-            wanted = outcome is None or lets_through(task.when, outcome)  # None: the barrier has decided
+            wanted = outcome is None or lets_through(task.when, outcome)  # None: the durable barrier has decided
             if not wanted and outcome is not None:
                 task._why = why_skipped(task.when, outcome)
         except BaseException as exc:
@@ -371,7 +373,7 @@ class Scheduler:
             return False
         observers = self.settings.observers
         if not self.account.begin(run, announce=bool(observers)):
-            self._close(task, TaskState.ABANDONED, None, waiting=True)  # its home is closed, or it has ended
+            self._close(task, TaskState.ABANDONED, None, waiting=True)  # its home is closed, or the task has ended
             return False
         task._started = perf_counter()
         inside.set(task)
@@ -384,14 +386,14 @@ class Scheduler:
         return True
 
     def finish(self, run: Run, state: TaskState, error: BaseException | None = None) -> None:
-        """In the task's context: enter a final state, unless somebody has given up on the task."""
+        """In the task's context: enter a final state, unless the task was given up in the meantime."""
         if self.account.close(run.task, state, error) is WON:
             self.report_end(run.task)
         else:
             run.given_up = True
 
     def succeed(self, run: Run) -> None:
-        """In the task's context: enter SUCCEEDED; with less ado where nobody is told."""
+        """In the task's context: enter SUCCEEDED, in one step if neither an observer nor the log wants to know."""
         last = self.account.retire(run) if is_quiet(self.settings.observers) else None
         if last is None:
             self.finish(run, SUCCEEDED)
@@ -405,7 +407,7 @@ class Scheduler:
     def close_outside(
         self, task: DeferredTask, state: TaskState, error: BaseException | None = None, *, waiting: bool = False
     ) -> bool:
-        """Outside of the task's context: enter a final state; return whether it had none (`waiting`: was PENDING)."""
+        """Outside the task's context: enter a final state, and return whether the task did. See `Account.close`."""
         context = task._context
         return context is not None and context.copy().run(self._close, task, state, error, waiting=waiting)
 
@@ -418,7 +420,7 @@ class Scheduler:
         return closed is not LOST
 
     def report_end(self, task: DeferredTask) -> None:
-        """Report a task's end, settle it, and let go of what it needed to run."""
+        """Report a task's end, settle the task, and release what it needed to run."""
         report(task, task.state, self.settings.observers)
         tasks = task._list
         if tasks._parked is task:
@@ -431,7 +433,7 @@ class Scheduler:
 
 
 def check_durable(task: DeferredTask, *, kept: bool = False) -> None:
-    """Refuse what cannot be durable; with `kept`, jobs may stay in this process, as in a test."""
+    """Refuse a task that cannot be durable. With `kept`, its job may stay in this process, as a test wants it."""
     if not task._enqueues:
         raise TypeError(
             f"durable=True stores a job with an engine, and {task.name!a} is a function that would run here. "
@@ -449,8 +451,8 @@ def check_durable(task: DeferredTask, *, kept: bool = False) -> None:
 
 def _nothing_to_hold_back(task: DeferredTask) -> DeferredError:
     return DeferredError(
-        f"durable=True holds a response back until {task.name!a} is stored, and here is none to hold back: this is "
-        "no HTTP request, or its response is complete. Leave durable out, or await the engine's own enqueue."
+        f"durable=True holds a response back until {task.name!a} is stored, and there is no response to hold back: "
+        "it is not in an HTTP request, or the response is complete. Leave durable out, or await the engine's enqueue."
     )
 
 
@@ -458,7 +460,7 @@ schedulers: WeakSet[Scheduler] = WeakSet()
 
 
 def _after_fork() -> None:
-    """Start from nothing in a child: it has none of the threads, and the lock may be held by one of them."""
+    """Reset every scheduler in a forked child: it has no threads, and a thread of the parent may hold the lock."""
     for scheduler in tuple(schedulers):
         for home in scheduler.account.homes.values():
             home.closed = True

@@ -1,4 +1,4 @@
-"""What the account keeps: the states of tasks, the answers it gives, and its part of tasks, lists and homes."""
+"""The records of the account: task states, the answers it gives, and its share of each task, list and home."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TaskState(Enum):
     ABANDONED = "abandoned"
 
     if not TYPE_CHECKING:
-        # By identity, as they compare. Enum's own is Python code, and tasks are counted by state.
+        # States compare by identity, so they can hash by identity. Enum's own hash is Python code, and slow.
         __hash__ = object.__hash__
 
 
@@ -29,7 +29,7 @@ SUCCEEDED, CANCELLED = TaskState.SUCCEEDED, TaskState.CANCELLED
 
 
 class Statistics(NamedTuple):
-    """Counts of a runner's tasks since it was made; `accepted` is the sum of all the others."""
+    """Counts of a runner's tasks since it was created; `accepted` is the sum of all the others."""
 
     accepted: int
     pending: int
@@ -43,40 +43,40 @@ class Statistics(NamedTuple):
 
 
 class Answer(Enum):
-    """What became of a task that was to be accepted."""
+    """The account's answer to a new task."""
 
-    WAITS = "accepted, for the end of its request or the tasks before it"
-    DUE = "accepted, and to be queued now"
+    WAITS = "accepted: it waits for the end of its request, or for the tasks before it"
+    DUE = "accepted: queue it now"
     FULL = "refused: the backlog is full"
     CLOSED = "refused: nothing is left that could run it"
-    COMPLETE = "refused: it is durable, and there is no response left to hold back"
-    AGAIN = "not decided: another task took the key meanwhile"
+    COMPLETE = "refused: it is durable, and no response is left to hold back"
+    AGAIN = "undecided: another task took the key in the meantime, so ask again"
 
 
 class Closed(Enum):
-    """What became of an attempt to close a task."""
+    """The account's answer to an attempt to close a task."""
 
-    LOST = "it has ended, or is not what was to be closed"
-    WON = "closed; its end is yours to report"
-    ANNOUNCED = "closed; who is just reporting its start reports its end as well"
+    LOST = "it has already ended, or it is in another state than you asked for"
+    WON = "closed: you report its end"
+    ANNOUNCED = "closed: another thread is reporting its start, and will report its end too"
 
 
 class Turn(Enum):
-    """What came of looking whose turn it is."""
+    """The account's answer to the question whose turn it is."""
 
     NOBODY = "nobody waits, or no place is free"
-    SKIPPED = "what came first has ended, or lacks a thread: look again"
-    TAKEN = "a task has what it needs"
+    SKIPPED = "the first in the queue has ended or lacks a thread: ask again"
+    TAKEN = "a task has everything it needs"
 
 
-# Looked up at every task.
+# Module globals are faster than attributes of an Enum, and every task looks these up.
 WAITS, AGAIN = Answer.WAITS, Answer.AGAIN
 LOST, WON, ANNOUNCED = Closed.LOST, Closed.WON, Closed.ANNOUNCED
 NOBODY, SKIPPED, TAKEN = Turn.NOBODY, Turn.SKIPPED, Turn.TAKEN
 
 
 class Waiters:
-    """Who is to be told when something has become true. Each looks again after it has put itself here."""
+    """Callbacks to call once a condition has become true. A waiter adds itself first, and then checks the condition."""
 
     __slots__ = ("waiting",)
 
@@ -96,7 +96,7 @@ class Waiters:
 
 
 class Home:
-    """Where tasks run and who waits for them: the lifespans of an event loop, or one ASGI call without a lifespan."""
+    """The place where tasks run: all lifespans of one event loop, or one ASGI call on a server without a lifespan."""
 
     __slots__ = ("closed", "draining", "drains", "ending", "entered", "loop", "over", "stop", "unsettled", "waiters")
 
@@ -104,9 +104,9 @@ class Home:
         self.loop = loop
         self.entered = 1
         self.unsettled = 0
-        self.drains = 0  # how many wait for its drain
+        self.drains = 0  # how many callers wait for its drain
         self.draining = False
-        self.ending = False  # the drain's deadline is over, and its grace runs
+        self.ending = False  # the deadline of the drain has passed, and the grace period runs
         self.over = False  # the drain has given up
         self.closed = False
         self.stop: Callable[[], object] | None = None  # cancels the drain's timer
@@ -114,11 +114,11 @@ class Home:
 
 
 class Entry:
-    """What the account keeps of a task."""
+    """The account's share of a task."""
 
     __slots__ = ("_hash", "_list", "_next", "durable", "error", "state")
 
-    _list: Any  # the task's `Line`; None after it was settled, for then nothing may lead from it to its list
+    _list: Any  # the task's `Line`; None once the task is settled, so that an ended task keeps nothing alive
     _next: Any
     _hash: int | None
     durable: bool
@@ -131,35 +131,36 @@ class Entry:
 
 
 class Line:
-    """What the account keeps of a task list. Most requests defer nothing: half of it comes with the first task."""
+    """The account's share of a task list. Most requests defer nothing, so half of it appears with the first task."""
 
     is_line = True
 
-    _all: Any  # a list of tasks; None before the first one, as the fields below are missing then
+    _all: Any  # a list of tasks; None before the first task
     _loop: Any  # the native event loop of its request
     _home: Home | None
-    _ended: bool  # the request has
-    _complete: bool  # the response is
-    _durable: bool  # it has durable tasks
-    _apart: bool  # each task on its own, and not one after the other
+    _ended: bool  # the request has ended
+    _complete: bool  # the response is complete
+    _durable: bool  # the list has durable tasks
+    _apart: bool  # its tasks run independently, not one after the other
 
-    _count: int  # of `_all`
-    _position: int  # before it no task is PENDING
+    # These are missing until the first task comes.
+    _count: int  # the length of `_all`
+    _position: int  # no task before this index is PENDING
     _unsettled: int
-    _ended_at: float  # when the request had ended; infinite before
+    _ended_at: float  # when the request ended; infinite until then
     _active: bool
     _next: Any
-    _parked: Any  # its task that waits for a thread, in the list's turn
-    _keys: dict[int, tuple[Any, ...]] | None  # by a key's hash: the unsettled tasks that have it
+    _parked: Any  # the task that has the list's turn, and waits for a thread
+    _keys: dict[int, tuple[Any, ...]] | None  # the unsettled tasks with a key, by the key's hash
 
     @property
     def _settled(self) -> bool:
-        """Whether all tasks so far are."""
+        """Whether every task so far is settled."""
         return self._all is None or not self._unsettled
 
 
 class Queue:
-    """First in, first out: a chain of lists, or of tasks that run apart."""
+    """First in, first out: a chain of lists, and of tasks that run independently of their list."""
 
     __slots__ = ("first", "last")
 

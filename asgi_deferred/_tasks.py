@@ -1,4 +1,4 @@
-"""The task list of a request, its tasks, and how to get at them."""
+"""The task list of a request, its tasks, and the functions that find the list."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOT_STARTED: dict[str, Any] = {}
 
 
 class Defaults(Protocol):
-    """What a runner's configuration says of tasks."""
+    """The part of a runner's configuration that tasks need."""
 
     when: When
     timeout: float | None
@@ -38,17 +38,17 @@ class Defaults(Protocol):
 
 
 class Host(Protocol):
-    """What runs the tasks of a list.
+    """Runs the tasks of a list.
 
     Attributes:
-        told: What the log has said already and says once, such as for each line of code that adds tasks.
+        told: The messages that the log gives once, and has given, such as one for each line of code that adds tasks.
     """
 
     told: dict[str, object]
 
     @property
     def settings(self) -> Defaults:
-        """Read what a task's options leave out."""
+        """The defaults for options that a task leaves out."""
         ...
 
     def add(self, task: DeferredTask) -> None:
@@ -62,17 +62,18 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
-    """A task at one moment: what an observer gets when it starts and when it ends, and what `Runner.tasks()` returns.
+    """A task at one moment. An observer gets one when a task starts and when it ends; `Runner.tasks()` returns them.
 
     Attributes:
         task: The task.
-        state: RUNNING, or the task's final state; from `Runner.tasks()` PENDING or RUNNING.
-        outcome: How its request ended; `None` if the task ended before its request did. A SKIPPED task was skipped
-            because of it, by the rule in `task.when`; `repr(task)` says so in a few words.
-        queued: Seconds from `add_task` to the start, or to this moment if it has not started.
-        waited: The same from the moment that its request had ended, or it was added if that came later; 0.0 before.
-        duration: Seconds from the start to this moment; 0.0 if it has not started.
-        error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran.
+        state: RUNNING, or the task's final state. From `Runner.tasks()`: PENDING or RUNNING.
+        outcome: How the task's request ended; `None` if the task ended before its request. If the task was SKIPPED,
+            this is the reason, together with the rule in `task.when`; `repr(task)` explains it in a few words.
+        queued: Seconds from `add_task` to the start of the task, or to this moment if it has not started.
+        waited: Seconds from the end of its request to the start of the task, or to this moment if it has not started.
+            For a task that was added after the end of its request, they count from `add_task`. 0.0 before the end.
+        duration: Seconds from the start of the task to this moment; 0.0 if it has not started.
+        error: Why the task FAILED or TIMED_OUT, or was CANCELLED or ABANDONED while it ran.
     """
 
     task: DeferredTask
@@ -93,7 +94,7 @@ class TaskEvent:
 
 
 class Options(NamedTuple):
-    """What `options()` was given; `None` stands for the runner's default."""
+    """The arguments of `options()`; `None` stands for the runner's default."""
 
     when: When | None = None
     timeout: float | None = None
@@ -116,18 +117,19 @@ def check_count(name: str, value: int) -> None:
 
 
 class DeferredTask(Entry):
-    """One deferred call. `add_task` makes it; it is not made by hand.
+    """One deferred call. `add_task` creates and returns it.
 
     Attributes:
         func, args, kwargs: The call.
         name: For logs and statistics; the function's qualified name unless `options(name=...)` says otherwise.
         when, timeout, key, durable: The options in force; `timeout` in seconds, `None` without one.
         state: A `TaskState`.
-        error: Why it FAILED, TIMED_OUT, or was CANCELLED or ABANDONED while it ran, else `None`.
-        added_at: "file:line" of the call that added it.
-        request: "GET /signup"; "" until its request has ended, and for a task of no request.
+        error: Why the task FAILED or TIMED_OUT, or was CANCELLED or ABANDONED while it ran; `None` otherwise.
+        added_at: "file:line" of the call that added the task.
+        request: The task's request, such as "GET /signup"; "" until the request has ended, and without a request.
 
-    Once it has ended, and observers have been told, `args` and `kwargs` are empty: it holds on to nothing.
+    Once the task has ended, and its observers have been called, `args` and `kwargs` are empty, so that it keeps nothing
+    alive.
     """
 
     __slots__ = (
@@ -153,9 +155,9 @@ class DeferredTask(Entry):
     durable: bool
     error: BaseException | None
     state: TaskState
-    _why: str  # it was SKIPPED; not set in other states
+    _why: str  # the reason; only set once the task is SKIPPED
     _context: Context | None
-    _call: Any  # a callable; None once it has ended
+    _call: Any  # the function to call; None once the task has ended
 
     def __init__(
         self,
@@ -190,7 +192,7 @@ class DeferredTask(Entry):
         self._started: float = 0.0
 
     def _to_engine(self, engine: Engine, options: Options) -> None:
-        """Let running mean enqueueing."""
+        """Make the task enqueue its job with an engine instead of calling a function."""
         self._call = partial(engine.enqueue, self.func)
         self._async = is_async(engine.enqueue)
         timeout = options.timeout or self._list._host.settings.enqueue_timeout
@@ -208,7 +210,7 @@ class DeferredTask(Entry):
 
     @property
     def _enqueues(self) -> bool:
-        """Whether to run it is to give it to its engine."""
+        """Whether this task enqueues a job with an engine."""
         return self._call is not self.func
 
     @property
@@ -217,12 +219,12 @@ class DeferredTask(Entry):
         return self._request or (tasks._request if tasks is not None else "")
 
     def cancel(self) -> bool:
-        """Cancel the task if it is still PENDING, and return whether that was so. Safe from any thread."""
+        """Cancel the task if it is still PENDING, and return whether it was. Safe from any thread."""
         tasks = self._list
         return tasks is not None and tasks._host.cancel(self)
 
     def _let_go(self) -> None:
-        """Hold on to nothing that the task needed to run."""
+        """Release everything that the task needed to run."""
         self._request = self._list._request
         self.args = ()
         if self.kwargs:
@@ -235,20 +237,20 @@ class DeferredTask(Entry):
 
 
 class DeferredTasks(Line):
-    """The tasks of one request or websocket connection, in the order added; sized and iterable.
+    """The task list of one request or websocket connection: sized, and iterable in the order added.
 
-    `tasks_from(scope)`, `current_tasks()` and the frameworks' adapters give it; it is not made by hand.
-    All of it is safe to use from any thread. Of many tasks that have ended it keeps the last few dozen only.
+    You get it from `tasks_from(scope)`, from `current_tasks()`, or from your framework's adapter. All of its methods
+    are safe from any thread. If it has had many tasks, it shows only the last few dozen of those that have ended.
     """
 
-    _barrier: Any = None  # lets one message of a response with durable tasks pass at a time
-    _unbounded = False  # no limit refuses its tasks: its response has gone out, and promised them
+    _barrier: Any = None  # the lock that lets one message of a response with durable tasks pass at a time
+    _unbounded = False  # True if no limit refuses its tasks, because the response that promised them has gone out
     _then: Callable[[], object] | None = None  # called once, when the request and all of its tasks have ended
-    _below_a_router = False  # the middleware is, so that the server's lifespan does not reach it
+    _below_a_router = False  # True if the middleware is mounted, so that the server's lifespan does not reach it
 
     def __init__(self, host: Host, scope: Mapping[str, Any]) -> None:
         self._host = host
-        self._scope = scope  # while the request is under way
+        self._scope = scope  # until the request ends
         self._start: Mapping[str, Any] = _NOT_STARTED
         self._request = ""
         self._outcome: Outcome | None = None
@@ -260,17 +262,19 @@ class DeferredTasks(Line):
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
         """Call `func(*args, **kwargs)` after the response has gone out; `func` may be `def` or `async def`.
 
-        A task object of an engine (taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, or
-        what `asgi_deferred.engines.register` was told of) is not called but enqueued, with these arguments.
+        If `func` is a task of an engine, it is enqueued with these arguments instead of called. The engines are
+        taskiq, Celery, dramatiq, huey, procrastinate, streaq, Django's task framework, and those that you have passed
+        to `asgi_deferred.engines.register`.
 
-        It sees the context variables of this line. Arguments that do not fit the function are found when
-        it runs; the log then names this line.
+        The task sees the context variables of the line that added it. If the arguments do not fit the function, the
+        task fails when it runs, and the log names the line that added it.
 
         Raises:
-            TypeError: `func` is not callable, most often because it was called: `add_task(f(x))`; or it is a task
+            TypeError: `func` is not callable. Most often it was called by mistake: `add_task(f(x))`. Or it is a task
                 that its engine would not run, or a `functools.partial` of an engine's task.
             BacklogFull: `max_pending` tasks are unfinished, and the runner has `overflow="reject"`.
-            RunnerClosed: The request is over and so is everything that could run the task.
+            RunnerClosed: The request has ended, and nothing is left that could run the task.
+            DeferredError: The task is durable, and there is no response to hold back.
         """
         return self._add(func, args, kwargs, _NO_OPTIONS, sys._getframe(1))
 
@@ -286,17 +290,17 @@ class DeferredTasks(Line):
         """Return an object whose `add_task` adds with these options.
 
         Args:
-            when: "success", "complete", "failure", "always", or a callable `(Outcome) -> bool`; the runner's
-                default if left out.
-            timeout: Seconds from the moment the task starts; the runner's default if left out, `math.inf`
-                for none. An async task is cancelled then. A thread cannot be: the list goes on without it.
-                For an engine's task it is the time to enqueue it, and `Runner(enqueue_timeout=...)` the default.
+            when: After which requests the task runs: "success", "complete", "failure", "always", or a callable
+                `(Outcome) -> bool`. The default is the runner's.
+            timeout: Seconds from the start of the task. The default is the runner's; `math.inf` means no timeout.
+                An async task is cancelled. A thread cannot be cancelled, so the list goes on without it. For an
+                engine's task this limits the time to enqueue it, and the default is `Runner(enqueue_timeout=...)`.
             key: A later task of this list with an equal key replaces this one while it is PENDING.
-            name: For logs and statistics.
-            durable: For an engine's task in an HTTP request: enqueue it before the response starts, if `when` lets
-                the response's status through, and answer 503, or what `Runner(unavailable=...)` says, if the engine
-                does not take it. `add_task` raises TypeError for a function, and DeferredError where there is no
-                response to hold back.
+            name: The task's name in logs and events. The default is the function's qualified name.
+            durable: Enqueue an engine's task before the response starts, if `when` lets the response's status through.
+                If the engine does not take it, the client gets a 503, or the answer of `Runner(unavailable=...)`.
+                `add_task` raises TypeError if the task is a function, and DeferredError if there is no response to
+                hold back.
 
         Raises:
             ValueError: `when` is unknown, or `timeout` is not above 0.
@@ -317,7 +321,7 @@ class DeferredTasks(Line):
     @property
     def outcome(self) -> Outcome | None:
         """How the request ended; `None` until it has, or until an engine has refused a durable task."""
-        scope, start = self._scope, self._start  # looked at first: `_end` forgets them after it has made the outcome
+        scope, start = self._scope, self._start  # read first, because `_end` forgets them once the outcome is there
         if self._outcome is None and (self._ended or self._error is not None):
             return self._make_outcome(scope, start)
         return self._outcome
@@ -330,16 +334,16 @@ class DeferredTasks(Line):
         return Outcome(kind, status, complete, error)
 
     def _end(self) -> None:
-        """Keep which request it was and how it ended, and no header and no message of it."""
+        """Keep the request's name and its outcome, and forget its scope and messages."""
         scope = self._scope
-        if "router" in scope and "state" in scope:  # from Starlette's router, and from a server that runs lifespans
+        if "router" in scope and "state" in scope:  # set by Starlette's router, and by a server that runs lifespans
             self._below_a_router = True
         self._request = name_request(scope)
         self._outcome = self._make_outcome(scope, self._start)
         self._start = self._scope = _NOT_STARTED
 
     def _wind_up(self) -> None:
-        """All has ended: say so, and keep that the request failed, and not the frames in which it did."""
+        """Finish, once the request and its tasks have ended. The outcome drops the error and so its frames."""
         if self._then is not None:
             then, self._then = self._then, None
             then()
@@ -379,7 +383,7 @@ class DeferredTasks(Line):
 
 
 def _lay_out() -> None:
-    """Let a list that has all fields go ahead: CPython makes room in instances for what the first few of them have."""
+    """Create a list that has every field: CPython reserves room in instances for the fields of the first few."""
     first: Any = DeferredTasks.__new__(DeferredTasks)
     for name in Line.__annotations__:
         setattr(first, name, None)
@@ -393,7 +397,7 @@ def name_request(scope: Mapping[str, Any]) -> str:
 
 
 class TaskAdder:
-    """A task list with options: what `DeferredTasks.options` returns."""
+    """A task list with options. `DeferredTasks.options` returns it."""
 
     __slots__ = ("_options", "_tasks")
 
@@ -402,7 +406,7 @@ class TaskAdder:
         self._options = options
 
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
-        """As `DeferredTasks.add_task`, with the options."""
+        """Add a task with these options. See `DeferredTasks.add_task`."""
         return self._tasks._add(func, args, kwargs, self._options, sys._getframe(1))
 
 
@@ -412,12 +416,12 @@ current: ContextVar[DeferredTasks | None] = ContextVar("asgi_deferred", default=
 
 
 def current_tasks() -> DeferredTasks:
-    """Return the task list of the request in whose context this is called, threads included.
+    """Return the task list of the current request. It works anywhere in the request's context, also in threads.
 
-    It is also how deep code defers with options: `current_tasks().options(when="always").add_task(audit, user)`.
+    Deep code can defer with options this way: `current_tasks().options(when="always").add_task(audit, user)`.
 
     Raises:
-        MiddlewareMissing: There is none.
+        MiddlewareMissing: There is no current request.
     """
     tasks = current.get()
     if tasks is None:
@@ -431,23 +435,23 @@ def current_tasks() -> DeferredTasks:
 def defer(func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:
     """Add a task to the current request's list: `current_tasks().add_task(func, *args, **kwargs)`.
 
-    All arguments are the function's. With options: `current_tasks().options(...).add_task(func, *args, **kwargs)`.
+    All arguments belong to the function. For options, use `current_tasks().options(...).add_task(...)`.
 
     Raises:
         MiddlewareMissing: There is no current request.
-        TypeError, BacklogFull, RunnerClosed: As `DeferredTasks.add_task`.
+        TypeError, BacklogFull, RunnerClosed: See `DeferredTasks.add_task`.
     """
     return current_tasks()._add(func, args, kwargs, _NO_OPTIONS, sys._getframe(1))
 
 
 def tasks_from(source: Any) -> DeferredTasks:
-    """Return the task list of an ASGI scope, or of anything that has one as its `scope` attribute.
+    """Return the task list of an ASGI scope, or of any object with a `scope` attribute.
 
-    Requests and websockets of Starlette, FastAPI, Django, Litestar and Quart do.
+    Requests and websockets of Starlette, FastAPI, Django, Litestar and Quart have one.
 
     Raises:
-        MiddlewareMissing: There is no list, as the request has not come through the middleware.
-        TypeError: `source` is neither a scope nor has one.
+        MiddlewareMissing: There is no list, because the request did not pass through the middleware.
+        TypeError: `source` is not a scope, and has none.
     """
     scope = getattr(source, "scope", source)
     if not isinstance(scope, (dict, Mapping)):
@@ -476,7 +480,7 @@ def _missing(message: str) -> MiddlewareMissing:
 
 def _not_callable(func: object) -> TypeError:
     if iscoroutine(func):
-        func.close()  # or Python warns about it a second time, far from here
+        func.close()  # or Python warns about it again, far from here
         return TypeError(
             f"Got the coroutine {func.__qualname__}(...), which is a call that was made already. "
             "Pass the function and its arguments, not the call: add_task(func, *args, **kwargs)."

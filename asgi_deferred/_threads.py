@@ -1,7 +1,7 @@
 """Worker threads for sync tasks.
 
-Not `anyio.to_thread`: its limiter forgets a thread that a timeout gave up on, though it still runs, and on asyncio
-its threads hold the process open at exit. These are daemons, counted until they are really done.
+`anyio.to_thread` does not fit. Its limiter forgets a thread after a timeout, although the thread still runs. On asyncio
+its threads also keep the process alive at exit. These threads are daemons, and they count until they have really ended.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Threads:
     """Starts threads as needed and reuses them; one that idles for `IDLE_SECONDS` ends. The caller sets the limit."""
 
     def __init__(self) -> None:
-        self._idle: list[SimpleQueue[tuple[Job, Job]]] = []  # without a lock: whoever takes one out of it has it
+        self._idle: list[SimpleQueue[tuple[Job, Job]]] = []  # needs no lock: `pop` gives each to one caller
 
     def start(self, job: Job, done: Job) -> None:
-        """Run `job` in a thread of its own, then, once that thread is free again, `done`. Neither may raise.
+        """Run `job` in a thread, and then `done`, once that thread is free again. Neither may raise.
 
         Raises:
             RuntimeError: The system starts no more threads.
@@ -34,7 +34,7 @@ class Threads:
         except IndexError:
             inbox = SimpleQueue()
             thread = Thread(target=self._serve, args=(inbox,), name="asgi-deferred", daemon=True)
-            Context().run(thread.start)  # a thread may inherit the context, and outlives the request
+            Context().run(thread.start)  # or the thread, which outlives the request, could inherit its context
         inbox.put((job, done))
 
     def _serve(self, inbox: SimpleQueue[tuple[Job, Job]]) -> None:

@@ -1,4 +1,4 @@
-"""How to wait, on the event loop, for what happens anywhere."""
+"""How to wait on the event loop for something that any thread can bring about."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._states import Home, Waiters
 
 
 async def until(waiters: Waiters, met: Callable[[], bool]) -> None:
-    """Wait until something is true that `waiters` are woken for."""
+    """Wait until `met()` is true. Whoever makes it true wakes the `waiters`."""
     loop = loop_of(running_loop())
     while not met():
         event = Event()
@@ -27,18 +27,18 @@ async def until(waiters: Waiters, met: Callable[[], bool]) -> None:
 
 
 async def until_empty(home: Home) -> None:
-    """Wait until nothing is left in a home, or its drain has given up."""
+    """Wait until a home is empty, or its drain has given up."""
     await until(home.waiters, lambda: home.over or not home.unsettled)
 
 
 async def outlast(wait: Callable[[], Awaitable[object]]) -> None:
-    """Wait, though we may be cancelled meanwhile. If we were, that goes on at the end."""
+    """Wait to the end even if this call is cancelled; raise the cancellation afterwards."""
     cancellation: BaseException | None = None
     with CancelScope(shield=True):
         while True:
             try:
                 await wait()
-            except get_cancelled_exc_class() as exc:  # by the native task's own `cancel`, which a shield does not see
+            except get_cancelled_exc_class() as exc:  # a native task's own `cancel` gets through the shield
                 cancellation = exc
             else:
                 break

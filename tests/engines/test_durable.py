@@ -687,14 +687,14 @@ async def test_durable_where_there_is_no_response_to_hold_back() -> None:
                 durable.add_task(log.note, "plain")
             await send(START)
             await send(BODY)
-        with pytest.raises(DeferredError, match="none to hold back"):
+        with pytest.raises(DeferredError, match="no response to hold back"):
             durable.add_task(Engine(log), "1")
 
     runner = Runner()
     async with runner:
         for kind in ("http", "websocket"):
             await request(DeferredMiddleware(app, runner), log, {**http_scope(), "type": kind})
-        with pytest.raises(DeferredError, match="none to hold back"):
+        with pytest.raises(DeferredError, match="no response to hold back"):
             current_tasks().options(durable=True).add_task(Engine(log), "1")
     assert log == ["start 200", "body hello", "returned", "returned"]
     assert runner.statistics().accepted == 0
