@@ -13,7 +13,7 @@ from inspect import isclass, isfunction, ismodule, signature
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Annotated, Any, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import pytest
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(asgi_deferred.__file__).parent
 ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NEIGHBOURS = [module.name for module in iter_modules([str(PACKAGE)]) if not module.name.startswith("_")]
 PUBLIC_MODULES = ["asgi_deferred", *(f"asgi_deferred.{name}" for name in NEIGHBOURS)]
 PUBLIC_NAMES = [(module, name) for module in PUBLIC_MODULES for name in import_module(module).__all__]
@@ -65,12 +66,13 @@ HOUSE = [
 ]
 # What a neighbour's import may load of the below.
 LOADS = {
-    "asgi_deferred.django": {"django", "sqlparse"},
+    "asgi_deferred.django": {"asgiref", "django", "sqlparse"},
     "asgi_deferred.fastapi": {"fastapi", "pydantic", "starlette"},
     "asgi_deferred.opentelemetry": {"opentelemetry"},
     "asgi_deferred.starlette": {"starlette"},
 }
 FRAMEWORKS = {
+    "asgiref",
     "celery",
     "django",
     "dramatiq",
@@ -215,9 +217,9 @@ def test_the_core_is_listed() -> None:
 
 @pytest.mark.parametrize("module", CORE)
 def test_imports_run_one_way(module: str) -> None:
-    """A module of the core imports those before it, the standard library, anyio and asgiref, and nothing else."""
+    """A module of the core imports those before it, the standard library and anyio, and nothing else."""
     before = {f".{name}" for name in CORE[: CORE.index(module)]}
-    assert imports(module) <= before | sys.stdlib_module_names | {"anyio", "asgiref"}
+    assert imports(module) <= before | sys.stdlib_module_names | {"anyio"}
 
 
 @pytest.mark.parametrize("module", HOUSE)
@@ -235,12 +237,35 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").read_bytes() == b""
 
 
+NOT_DJANGO = [(module, name) for module, name in PUBLIC_NAMES if module != "asgi_deferred.django"]
+
+
+@pytest.mark.parametrize(("module", "name"), NOT_DJANGO)  # Django's own `Task` is generic for type checkers alone
+def test_annotations_resolve_at_run_time(module: str, name: str) -> None:
+    """Frameworks and users can ask a public name, and what they call of it, for type hints."""
+    value = getattr(import_module(module), name)
+    asked = [value, value.__call__, getattr(value, "__init__", None), *(member for _, member in members(value))]
+    for each in asked:
+        if isclass(each) or isfunction(each):
+            get_type_hints(each)
+
+
 def test_metadata() -> None:
-    """The installed version is the project's and the changelog's, and only anyio and asgiref come with it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    """The installed version is the project's and the changelog's, and only anyio comes with it."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert metadata.version("asgi-deferred") == project["version"]
-    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == project["version"]
+    assert metadata.version("asgi-deferred") == PYPROJECT["project"]["version"]
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == PYPROJECT["project"]["version"]
     required = [line for line in metadata.requires("asgi-deferred") or [] if "extra ==" not in line]
-    assert sorted(re.split(r"[^\w-]", line)[0] for line in required) == ["anyio", "asgiref"]
+    assert [re.split(r"[^\w-]", line)[0] for line in required] == ["anyio"]
     assert metadata.metadata("asgi-deferred")["License-Expression"] == "MIT"
+
+
+def test_the_lowest_versions_of_the_extras_are_tested() -> None:
+    """What an extra asks for is in the group of the tests too, word for word."""
+
+    def flat(group: str) -> Iterator[str]:
+        for entry in PYPROJECT["dependency-groups"][group]:
+            yield from [entry] if isinstance(entry, str) else flat(entry["include-group"])
+
+    asked = {line for extra in PYPROJECT["project"]["optional-dependencies"].values() for line in extra}
+    assert asked <= {*flat("tests")}
