@@ -1,12 +1,12 @@
 """Django's requests, connections and test clients.
 
-1. A connection that a task opened is closed when the task ends, in the thread that opened it, before the task's place
-   is given to another. So none is stale at the next task, none is left behind in a thread that nobody uses again,
-   and tasks hold no more connections than tasks run.
-2. An async task makes its thread-sensitive calls, the async ORM among them, in a thread of its own. The one that the
-   context of the adding line names has ended with its request, or is shared by the whole process.
-3. Django closes a response, and by that its connections and files, only where `send` raised nothing. So the refusal of
-   a durable task is raised where Django has ended.
+1. When a task ends, its connections are closed, in the thread that opened them, before another task gets its place. So
+   no task finds a stale connection, no connection stays behind in an unused thread, and there are never more
+   connections than running tasks.
+2. An async task makes its thread-sensitive calls, such as those of the async ORM, in a thread of its own. The thread
+   that its context names has ended with the request, or is shared by the whole process.
+3. Django closes a response, and with it connections and files, only if `send` has not raised. So the refusal of a
+   durable task is raised after Django has ended.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class OneThread(Executor):
-    """An executor with one daemon thread: a task that is stuck in it does not hold the process."""
+    """An executor with one daemon thread. A task that is stuck in it does not keep the process alive."""
 
     def __init__(self) -> None:
         self.used = False
@@ -65,7 +65,7 @@ class OneThread(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
-        """End the thread once it has done what was submitted."""
+        """End the thread once it has done everything that was submitted."""
         self._jobs.put(None)
 
     def _serve(self) -> None:
@@ -75,7 +75,7 @@ class OneThread(Executor):
 
 
 class TaskConnections:
-    """Gives a task database connections of its own, and closes them."""
+    """Gives a task its own database connections, and closes them."""
 
     def __init__(self, _: DeferredTask) -> None: ...
 
@@ -100,15 +100,15 @@ class TaskConnections:
 
 
 class DeferredMiddleware(_DeferredMiddleware):
-    """`asgi_deferred.DeferredMiddleware` for an application that is Django, or has Django in it.
+    """`asgi_deferred.DeferredMiddleware` for an application that is Django, or contains Django.
 
-    The database connections that a task opens are closed when it ends. A websocket that Django refuses with an
-    error is closed instead, so that its client gets a 403.
+    It closes the database connections of a task when the task ends. Django raises an error for a websocket; this
+    closes it instead, so that the client gets a 403.
 
     Args:
-        app: What `get_asgi_application()` returned, or what wraps it.
-        runner: Limits, defaults and observers; a `Runner()` of its own if left out. Its `around` gets one more.
-            Tasks hold at most `max_threads` connections if they are sync, `max_concurrency` in all.
+        app: The application from `get_asgi_application()`, or one that wraps it.
+        runner: Limits, defaults and observers. The default is a new `Runner()`. The middleware adds to its `around`.
+            Sync tasks hold at most `max_threads` database connections, all tasks at most `max_concurrency`.
     """
 
     def __init__(self, app: ASGIApp, runner: Runner | None = None) -> None:
@@ -152,19 +152,19 @@ def _raising_later(app: ASGIApp) -> ASGIApp:
             if refusal is not None:
                 raise refusal
         finally:
-            refusal = None  # or its traceback would hold itself
+            refusal = None  # or a cycle: its traceback keeps this frame
 
     return wrapper
 
 
 @checks.register
 def check_runserver(**_: Any) -> list[checks.CheckMessage]:
-    """Django's system check, where this module is imported early enough: as one of INSTALLED_APPS."""
+    """Django's system check. Django only finds it if this module is in INSTALLED_APPS."""
     if sys.argv[1:2] != ["runserver"] or not get_commands()["runserver"].startswith("django."):
         return []
     return [
         checks.Warning(
-            "Django's runserver goes by WSGI: in a request defer() fails, and a task that is enqueued runs at once.",
+            "Django's runserver uses WSGI: in a request, defer() fails, and an enqueued task runs at once.",
             hint='Put "daphne" first in INSTALLED_APPS and set ASGI_APPLICATION, or run an ASGI server like uvicorn.',
             id="asgi_deferred.W005",
         )
@@ -172,21 +172,22 @@ def check_runserver(**_: Any) -> list[checks.CheckMessage]:
 
 
 def capture_deferred(*, execute: bool = False) -> CaptureDeferred:
-    """Collect what a test defers, with Django's test clients or without, in the list that the block is given.
+    """Collect the tasks that a test defers, with or without Django's test clients. The block gets a list of them.
 
-    None of it runs, unless at the end of the block, which then raises the first task's error. Use it by `with`, in
-    an async test by `async with`. Tasks run in the test's own thread, so that they see the transaction of a `TestCase`,
-    and `when` is decided by the response that the test client got. Enter it before
-    `captureOnCommitCallbacks(execute=True)`, as that runs its callbacks at its end.
+    Use it with `with`, and in an async test with `async with`. By default, no task runs. With `execute=True`, the tasks
+    run at the end of the block, in the test's own thread, so they see the transaction of a `TestCase`. The response
+    that the test client got decides about `when`. The block then raises the error of the first task that failed.
+
+    Enter it before `captureOnCommitCallbacks(execute=True)`, which runs its callbacks at its own end.
 
     Args:
-        execute: Run the tasks at the end of the block, one after the other, and those they add.
+        execute: Run the tasks at the end of the block, one after the other, and also the tasks that they add.
     """
     return CaptureDeferred(execute)
 
 
 class CaptureDeferred:
-    """What `capture_deferred` returns."""
+    """The context manager that `capture_deferred` returns."""
 
     def __init__(self, execute: bool) -> None:  # noqa: FBT001
         self._execute = execute
@@ -228,7 +229,7 @@ class CaptureDeferred:
 
     @contextmanager
     def _request(self, request: Any) -> Iterator[Callable[[Any], Any]]:
-        """Give a request a list, if it has not come through the middleware; yields what takes its response."""
+        """Give a request a list, unless it has one; yield a function that takes its response."""
         scope = getattr(request, "scope", {"type": "http"})
         if KEY in scope:
             yield lambda response: response
@@ -247,7 +248,7 @@ class CaptureDeferred:
             current.reset(token)
 
     def _run(self) -> None:
-        for task in self._deferred:  # which grows, by what they add
+        for task in self._deferred:  # the list grows when a task adds another
             if task.state is not TaskState.PENDING:
                 continue
             context = cast("Context", task._context)

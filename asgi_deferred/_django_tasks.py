@@ -1,11 +1,12 @@
-"""A backend for Django's own tasks, `django.tasks`, which came with Django 6.0.
+"""A backend for Django's own tasks, `django.tasks`, which Django has from 6.0 on.
 
-1. A task that was enqueued ends exactly once, as SUCCESSFUL or FAILED, and sends `task_finished` then: also when
-   it never ran, or when its thread goes on after a timeout.
-2. Django makes a backend for each context, so results are kept beside it, by alias, and change under `_lock`.
-3. Callers get copies of a result, as from any backend; only the task itself and signals see the live one.
-4. A failure is one ERROR in the log: ours, which names the line that added the task. Django's own is filtered out, and
-   only where there is ours.
+1. An enqueued task ends exactly once, as SUCCESSFUL or FAILED, and then sends `task_finished`. This holds even if it
+   never ran, or if its thread goes on after a timeout.
+2. Django creates a backend for each context. So the results are kept in this module, by alias, and change under
+   `_lock`.
+3. Callers get a copy of a result, as from any backend. Only the task itself and signals see the live result.
+4. A failure is one ERROR in the log: ours, which names the line that added the task. Django's own record is filtered
+   out, but only if there is ours.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ R = TypeVar("R")
 
 INSTALL = "Wrap it in asgi.py: application = asgi_deferred.django.DeferredMiddleware(get_asgi_application())."
 
-_reported: ContextVar[str] = ContextVar("asgi_deferred_reported", default="")  # the result whose failure is ours to log
+_reported: ContextVar[str] = ContextVar("asgi_deferred_reported", default="")  # the result whose failure we log
 
-_lock = RLock()  # a finaliser may strike while it is held, and enqueue
+_lock = RLock()  # re-entrant, because a finaliser can run while it is held, and can enqueue
 
 
 def _is_not_reported(record: LogRecord) -> bool:
@@ -72,7 +73,7 @@ getLogger("django.tasks").addFilter(_is_not_reported)
 
 
 class _Results:
-    """The results of one alias: those that are not finished, and for a while those that are."""
+    """The results of one alias. A finished one is kept for a while."""
 
     def __init__(self) -> None:
         self.live: dict[str, TaskResult[..., Any]] = {}
@@ -101,14 +102,14 @@ _results: dict[str, _Results] = {}
 class DeferredBackend(ImmediateBackend):
     """Runs a task after the response of the request that enqueued it.
 
-    Within a list, a task goes ahead of those of lower priority. Outside a request, where there is no response to
-    wait for, a task runs at once, as with Django's `ImmediateBackend`: in a shell, a management command, a test, or
-    under WSGI.
+    Within a list, a task runs before those of lower priority. Outside a request there is no response to wait for, so
+    a task runs at once, as with Django's `ImmediateBackend`: in a shell, a management command or a test, and under
+    WSGI.
 
     `OPTIONS`:
-        when: As the option of that name. "always" if left out, as a task that was enqueued is expected to run.
-        result_ttl: Seconds for which the result of a finished task can be read, in this process; 600 if left out.
-        max_results: How many results of finished tasks are kept; 10000 if left out.
+        when: The option `when` of each task. The default is "always", because people expect an enqueued task to run.
+        result_ttl: For how many seconds this process keeps the result of a finished task. The default is 600.
+        max_results: How many results of finished tasks this process keeps. The default is 10000.
 
     Raises:
         InvalidTaskBackend: An option is unknown, or out of its range.
@@ -139,7 +140,7 @@ class DeferredBackend(ImmediateBackend):
         """Refuse a task that cannot run here.
 
         Raises:
-            InvalidTask: It is no module-level function, has `run_after`, or is refused by Django's own rules.
+            InvalidTask: It is not a module-level function, has `run_after`, or breaks one of Django's own rules.
         """
         if not is_module_level_function(task.func) or task.func.__name__ == "<lambda>":
             name = getattr(task.func, "__qualname__", type(task.func).__name__)
@@ -155,13 +156,13 @@ class DeferredBackend(ImmediateBackend):
         super().validate_task(task)
 
     def enqueue(self, task: Task[P, R], args: list[Any], kwargs: dict[str, Any]) -> TaskResult[P, R]:
-        """Run the task after the response; outside a request, now.
+        """Run the task after the response. Outside a request, run it now.
 
         Raises:
-            InvalidTask: As `validate_task`.
+            InvalidTask: See `validate_task`.
             TypeError, ValueError: An argument cannot be put into JSON.
             ImproperlyConfigured: This is a request, but the application is not wrapped in `DeferredMiddleware`.
-            BacklogFull, RunnerClosed: As `DeferredTasks.add_task`.
+            BacklogFull, RunnerClosed: See `DeferredTasks.add_task`.
         """
         tasks = _list()
         if tasks is None:
@@ -194,8 +195,8 @@ class DeferredBackend(ImmediateBackend):
             if result is not None:
                 return _snapshot(result)
         raise TaskResultDoesNotExist(
-            f"{result_id}: results are kept in the process that ran the task, {self.result_ttl} s long and the "
-            f"last {self.max_results} of them. For more use a backend that stores its tasks."
+            f"{result_id}: the process that ran the task keeps its result for {self.result_ttl} s, and keeps the last "
+            f"{self.max_results} results. If you need more, use a backend that stores its tasks."
         )
 
     async def aget_result(self, result_id: str) -> TaskResult[..., Any]:
@@ -203,7 +204,7 @@ class DeferredBackend(ImmediateBackend):
         return self.get_result(result_id)
 
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
-        """Django's system check."""
+        """Run Django's system check of this backend."""
         return [*super().check(**kwargs), *_check_application(), *_check_databases()]
 
     def _add(self, tasks: DeferredTasks, task: Task[P, R], args: list[Any], kwargs: dict[str, Any]) -> TaskResult[P, R]:
@@ -267,7 +268,7 @@ class DeferredBackend(ImmediateBackend):
             await task_finished.asend(type(self), task_result=result)
 
     def _start(self, result: TaskResult[..., Any]) -> bool:
-        """Enter RUNNING; return whether there is no final status yet."""
+        """Enter RUNNING, unless there is a final status; return whether it did."""
         _reported.set(result.id)
         now = timezone.now()
         with _lock:
@@ -278,7 +279,7 @@ class DeferredBackend(ImmediateBackend):
             return True
 
     def _finish(self, result: TaskResult[..., Any], error: BaseException | None = None) -> bool:
-        """Enter the final status; return whether it had none until now."""
+        """Enter the final status, unless there is one; return whether it did."""
         status, errors = TaskResultStatus.SUCCESSFUL, []
         if error is not None:
             kind = type(error)
@@ -313,7 +314,7 @@ def _check_arguments(task: Task[..., Any], args: list[Any], kwargs: dict[str, An
     except (TypeError, ValueError) as exc:
         raise type(exc)(
             f"An argument of {task.module_path} cannot be put into JSON: {exc}. "
-            "Pass what JSON has, such as the primary key of an object and not the object."
+            "Pass a JSON value, such as the primary key of an object instead of the object."
         ) from exc
 
 
@@ -373,12 +374,12 @@ def _end_unrun(event: TaskEvent) -> None:
     send = partial(copy_context().run, partial(task_finished.send_robust, type(backend), task_result=result))
     if running_loop() is None:
         _send_and_close(send)
-    else:  # receivers use the database, which Django allows in no event loop; Python waits for this thread at exit
+    else:  # Django does not let receivers use the database on an event loop. Python waits for this thread at exit.
         Thread(target=_send_and_close, args=(send,), name="asgi-deferred").start()
 
 
 def _send_and_close(send: Callable[[], object]) -> None:
-    """Close what receivers open: this may be a thread of the runner's, or that of a request or a test."""
+    """Close only the connections that receivers open: this can be the thread of a request or of a test."""
     opened = [connection for connection in connections.all(initialized_only=True) if connection.connection is not None]
     send()
     for connection in connections.all(initialized_only=True):
@@ -395,7 +396,7 @@ def _check_application() -> Iterable[checks.CheckMessage]:
         application = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as exc:
         yield checks.Warning(
-            f"DeferredBackend runs tasks after the responses of an ASGI application, and there is none: {exc}.",
+            f"DeferredBackend runs tasks after the responses of an ASGI application, and finds none: {exc}.",
             hint=f'Set ASGI_APPLICATION = "project.asgi.application" if it is elsewhere. {INSTALL}',
             id="asgi_deferred.W001",
         )
@@ -409,7 +410,7 @@ def _check_application() -> Iterable[checks.CheckMessage]:
 
 
 def _is_wrapped(application: object) -> bool:
-    """Whether the application is, or has somewhere in it, the middleware."""
+    """Whether the application is the middleware, or contains it."""
     seen: set[int] = set()
     todo = [application]
     while todo:
@@ -426,14 +427,14 @@ def _check_databases() -> Iterable[checks.CheckMessage]:
     for alias, database in settings.DATABASES.items():
         if database.get("CONN_MAX_AGE", 0) != 0:
             yield checks.Warning(
-                f"DATABASES[{alias!r}] has CONN_MAX_AGE. Under ASGI a request's thread ends with it and leaves "
-                "its connection behind, unused; tasks close theirs.",
+                f"DATABASES[{alias!r}] has CONN_MAX_AGE. Under ASGI, the thread of a request ends with the request and "
+                "leaves its connection open and unused. Tasks close their own connections.",
                 hint="Set CONN_MAX_AGE = 0, and use a connection pool: OPTIONS = {'pool': True} for PostgreSQL.",
                 id="asgi_deferred.W003",
             )
         if database.get("ENGINE") == "django.db.backends.sqlite3" and ":memory:" in str(database.get("NAME")):
             yield checks.Warning(
-                f"DATABASES[{alias!r}] is in memory, where each thread has a database of its own, and tasks run in "
+                f"DATABASES[{alias!r}] is in memory. There, each thread has a database of its own, and tasks run in "
                 "threads of their own.",
                 hint="Give it a file: 'NAME': BASE_DIR / 'db.sqlite3'.",
                 id="asgi_deferred.W004",

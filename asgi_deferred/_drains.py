@@ -1,10 +1,10 @@
-"""How what is left comes to an end: at shutdown, and when a call on a server without a lifespan is cancelled.
+"""How unfinished tasks come to an end: at shutdown, and when a call on a server without a lifespan is cancelled.
 
-1. A drain is a flag, a deadline, and what follows at the deadline, all on the event loop of the home. Whoever waits
-   for it may be cancelled, and may come back.
-2. First the tasks of engines are enqueued, each list's in order, without a place. Nothing may hold those up.
-3. At the deadline what is PENDING, and what is in a thread, is ABANDONED at once. Native tasks are cancelled.
-4. What has not ended `GRACE` seconds after that is given up: it is ABANDONED, though it still runs.
+1. A drain is a flag, a deadline, and a step at the deadline, all on the event loop of the home. Code that waits for a
+   drain can be cancelled, and can wait again.
+2. A drain first enqueues the tasks of engines, without a place and in the order of each list. Nothing holds them up.
+3. At the deadline, PENDING tasks and tasks in threads are ABANDONED at once. Native tasks are cancelled.
+4. A native task that has not ended `GRACE` seconds later is given up: it is ABANDONED, although it still runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GRACE = 1.0
 
 
 def drain(scheduler: Scheduler, home: Home, seconds: float) -> None:
-    """Begin to drain a home, unless that has begun. On its loop, as all of these."""
+    """Begin to drain a home, unless its drain has begun. Call this and all of these on the home's event loop."""
     if home.draining:
         return
     home.draining = True
@@ -30,7 +30,7 @@ def drain(scheduler: Scheduler, home: Home, seconds: float) -> None:
 
 
 def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> None:
-    """End all that is unfinished in a home; with `seconds`, log that these are over."""
+    """End every unfinished task of a home. With `seconds`, log that this time is over."""
     account = scheduler.account
     if home.entered <= max(1, home.drains):
         home.closed = True
@@ -49,7 +49,7 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
         else:
             run.abandoned = True
             run.native.cancel()
-    if not home.ending:  # or others wait for the end of that grace
+    if not home.ending:  # or another caller already waits for the end of the grace period
         home.ending = True
         if home.stop is not None:
             home.stop()
@@ -60,7 +60,7 @@ def give_up(scheduler: Scheduler, home: Home) -> None:
     """Give up on native tasks that were cancelled and have not ended."""
     for task, run in tuple(scheduler.account.running.items()):
         tasks = task._list
-        here = run.home is home or (tasks is not None and tasks._home is home)  # a late task may have moved the list
+        here = run.home is home or (tasks is not None and tasks._home is home)  # a late task can move its list
         if here and run.abandoned and scheduler.close_outside(task, TaskState.ABANDONED):
             scheduler.release(run)
     home.over = True
@@ -68,7 +68,7 @@ def give_up(scheduler: Scheduler, home: Home) -> None:
 
 
 def bury(scheduler: Scheduler, home: Home) -> None:
-    """End all that is unfinished in a home whose event loop is gone, so that nothing can be waited for."""
+    """End every unfinished task of a home whose event loop has ended, so that nobody can wait for them."""
     home.closed = True
     for task in scheduler.account.unfinished(home):
         run = scheduler.account.running.get(task)
@@ -77,7 +77,7 @@ def bury(scheduler: Scheduler, home: Home) -> None:
 
 
 def rest(home: Home) -> None:
-    """End a drain, unless others wait for it. Another may follow."""
+    """End a drain, unless other callers wait for it. Another drain can follow."""
     if home.drains:
         return
     if home.stop is not None:
@@ -87,11 +87,11 @@ def rest(home: Home) -> None:
 
 
 def draining() -> bool:
-    """Whether what runs this code is about to be stopped, so that a long loop had better end.
+    """Whether a shutdown has begun, so that a long loop should stop early.
 
-    It is True from the beginning of the shutdown, or, on a server without a lifespan, from the cancellation of the
-    call. `drain_timeout` seconds later tasks are cancelled. You may call it in any thread. Where there is no current
-    request, it speaks of all runners in this process.
+    It is True from the start of the shutdown. On a server without a lifespan, it is True once the ASGI call was
+    cancelled. Tasks are cancelled `drain_timeout` seconds later. You can call it in any thread. Without a current
+    request, it is True if any runner in this process is draining.
 
     Example:
         ```python

@@ -1,13 +1,13 @@
 """The barrier: a response is held back until its durable tasks are stored.
 
-1. It stands before the start of a response, and again before its final message, for tasks added in between.
-2. It asks `when` about the outcome to be expected: this status, complete, no error. A task that is not let through
-   waits for the request's real end, as any other does.
-3. The first refusal ends it. Before the start, the client gets the runner's `unavailable` or a plain 503, with the
-   headers that let a browser read it; after it, the final message is withheld. Either way `send` raises EnqueueFailed,
-   now and for every message after it, and the request is neither complete nor a success, so that the tasks it leaves
-   are skipped unless they ask for failures.
-4. From the first durable task on, messages pass one at a time, so that none overtakes one that is held back.
+1. The barrier holds the start of a response. It also holds the final message, for tasks that were added in between.
+2. It applies `when` to the expected outcome: this status, complete, no error. A task that this rule does not let
+   through waits for the real end of its request, like any other task.
+3. After the first refusal, nothing more is stored. If the response has not started, the client gets the runner's
+   `unavailable` or a plain 503, with the headers that let a browser read it. If it has started, the final message is
+   withheld. Either way, `send` raises EnqueueFailed for this message and all later ones. The request is neither
+   complete nor a success, so its other tasks are skipped unless they ask for failures.
+4. From the first durable task on, messages pass one at a time, so that none overtakes a message that is held back.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ async def _plain_503(send: Any) -> None:
 
 
 async def _answer(tasks: DeferredTasks, receive: Any, send: Any, refused: Any) -> bool:
-    """Answer in place of a response whose start was refused; return whether the client has a whole answer."""
+    """Answer instead of a response that could not start; return whether the client got a complete answer."""
     kept = [(name, value) for name, value in refused.get("headers", ()) if _lets_read(name.lower())]
     whole = False
 
@@ -67,12 +67,12 @@ async def _answer(tasks: DeferredTasks, receive: Any, send: Any, refused: Any) -
 
 
 def _lets_read(name: bytes) -> bool:
-    """Whether a header says who may read a response, and not what is in it."""
+    """Whether a header controls who may read a response, rather than describing its body."""
     return name == b"vary" or name.startswith(b"access-control-")
 
 
 async def hold(tasks: DeferredTasks, receive: Any, send: Any, message: Any) -> None:
-    """Send a message of a response that has durable tasks: its start and its end once those tasks are stored."""
+    """Send a message of a response that has durable tasks. Its start and its end wait until those are stored."""
     if tasks._barrier is None:
         tasks._barrier = Lock()
     async with tasks._barrier:
@@ -97,12 +97,13 @@ async def hold(tasks: DeferredTasks, receive: Any, send: Any, message: Any) -> N
 
 
 async def store(tasks: DeferredTasks, expected: Outcome) -> None:
-    """Give a response's durable tasks to their engines, in order, up to the first refusal.
+    """Enqueue a response's durable tasks in order, up to the first refusal.
 
-    The enqueue itself is not cancelled with the request: whether the engine has the job would be unknown then.
+    If the request is cancelled, the enqueue still goes on to its end. Otherwise nobody would know whether the engine
+    has the job.
 
     Raises:
-        EnqueueFailed: An engine has refused a task, or did not answer in time.
+        EnqueueFailed: An engine refused a task, or did not answer in time.
     """
     scheduler, loop = cast("Scheduler", tasks._host), loop_of(tasks._loop)
     asked: set[DeferredTask] = set()

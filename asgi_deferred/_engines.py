@@ -1,10 +1,11 @@
-"""Which objects are an engine's tasks, and how each engine takes one in.
+"""Which objects are an engine's tasks, and how to enqueue a job with each engine.
 
-1. Recognition is by `isinstance` against classes that are in `sys.modules` already: a task object cannot exist before
-   its engine's module was imported. Nothing is imported for it, and no attribute is guessed, as a `Mock` has them all.
-2. What the user registered comes first, the latest registration ahead; then a `__defer_enqueue__` method, looked up
-   on the type as Python does for its own; then the engines known here.
-3. An `enqueue` that is `async def` runs on the event loop. Any other runs in a worker thread: those clients block.
+1. A task is recognised by `isinstance` against classes that are already in `sys.modules`. A task object cannot exist
+   before its engine's module was imported, so nothing needs to be imported here. No attribute is guessed, because a
+   `Mock` has every attribute.
+2. The order is: classes that the user registered, the latest first; then a `__defer_enqueue__` method, looked up on
+   the type as Python does for special methods; then the engines known here.
+3. An `async def` enqueue function runs on the event loop. Any other runs in a worker thread, because it blocks.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class _ProcrastinateDeferrer(Protocol[P]):
 
 
 EngineTask: TypeAlias = _Enqueued[P] | _Django[P] | _TaskiqKicker[P] | _ProcrastinateDeferrer[P]
-"""What is an engine's task without being callable, with the parameters `P` of its function.
+"""The type of an engine's task that is not callable. `P` are the parameters of its function.
 
-`add_task` takes a `Callable[P, Any] | EngineTask[P]`. It is for type checkers, and for nothing at run time.
+`add_task` takes a `Callable[P, Any] | EngineTask[P]`. This type is for type checkers only.
 """
 
 
@@ -54,7 +55,7 @@ class Engine(NamedTuple):
     local: Callable[[Any], Callable[..., Any]] = _itself
     name: Callable[[Any], str] | None = None
     refuse: Callable[[Any], None] | None = None
-    keeps: Callable[[Any], bool] | None = None  # in this process, where durable would be a lie
+    keeps: Callable[[Any], bool] | None = None  # whether its jobs stay in this process
 
 
 _PLAIN = frozenset({FunctionType, MethodType, BuiltinFunctionType, type})
@@ -63,7 +64,7 @@ registered: dict[type, Engine] = {}
 
 
 def recognise(func: Any) -> Engine | None:
-    """Return the engine whose task `func` is; `None` for what runs in this process.
+    """Return the engine that `func` is a task of; `None` if it runs in this process.
 
     Raises:
         TypeError: It is a task that its engine would not run, or a `partial` of a task, which would run here.
@@ -97,7 +98,7 @@ def _engine_of(func: Any, kind: type) -> Engine | None:
     return None
 
 
-# What the names of each engine's own API say, in its own terms.
+# One function for each engine, in the terms of the engine's API.
 
 
 async def _taskiq(task: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -178,7 +179,7 @@ def _django(task: Any, /, *args: Any, **kwargs: Any) -> None:
     try:
         task.enqueue(*args, **kwargs)
     finally:
-        sys.modules["django.db"].connections.close_all()  # those of this thread, which ends without Django's knowing
+        sys.modules["django.db"].connections.close_all()  # Django does not know when this thread ends
 
 
 def _django_keeps(task: Any) -> bool:
@@ -187,7 +188,7 @@ def _django_keeps(task: Any) -> bool:
 
 
 def _of(module: str, name: str, read: Callable[[Any], Any]) -> Callable[[Any], bool]:
-    """Return whether what `read` reads of a task is of a class that is there only if its module was imported."""
+    """Return a function that tells whether an attribute of a task, read by `read`, is an instance of a class."""
 
     def keeps(task: Any) -> bool:
         kind = getattr(sys.modules.get(module), name, None)

@@ -1,43 +1,44 @@
-"""What can go wrong, one exception for each thing the caller can do about it."""
+"""The exceptions: one for each thing that the caller can do about an error."""
 
 
 class DeferredError(Exception):
-    """Base of this package's own errors, raised itself only where no subclass fits."""
+    """Base of this package's errors. It is raised itself only where no subclass fits."""
 
 
 class MiddlewareMissing(DeferredError):
-    """Raised when there is no task list to add to: outside a request, or without the middleware."""
+    """Raised when there is no task list: outside a request, or without the middleware."""
 
 
 class BacklogFull(DeferredError):
     """Raised by `add_task` at `max_pending` unfinished tasks of a runner with `overflow="reject"`.
 
-    The task was not accepted. Answer 503 before anything is promised to the client.
+    The task was not accepted. Answer 503 before you promise anything to the client.
     """
 
 
 class RunnerClosed(DeferredError):
     """Raised by `add_task` when nothing is left that could run the task.
 
-    That is: after the request's list has ended *and* its runner has drained, or its call has returned
-    on a server without a lifespan. The task was not accepted.
+    The request has ended, and its runner has drained. On a server without a lifespan, the request's call has
+    returned. The task was not accepted.
     """
 
 
 class EnqueueFailed(DeferredError):
-    """Raised out of the application's `send` when an engine did not take a durable task.
+    """Raised out of the application's `send` when an engine does not take a durable task.
 
-    Before the response started the client has got a 503, or the answer of `Runner(unavailable=...)`, instead of it,
-    and this exception ends at the middleware; let it pass, and what is open around the response, such as a
-    transaction, rolls back. In the middle of a response it goes on to the server, which breaks the response off.
-    `__cause__` is the engine's error.
+    If the response had not started, the client has already got a 503, or the answer of `Runner(unavailable=...)`. The
+    exception then ends at the middleware. Do not catch it: as it passes, everything that is open around the response,
+    such as a transaction, rolls back. If the response had started, the exception reaches the server, which breaks the
+    response off. `__cause__` is the engine's error.
     """
 
-    answered = False  # whether the client has got an answer
+    answered = False  # whether the client got a complete answer
 
 
 class TaskTimedOut(TimeoutError):
-    """Raised in an async task when its timeout is over, and the error of each TIMED_OUT task.
+    """The error of a TIMED_OUT task. It is raised in an async task when the timeout is over.
 
-    It names the task. `__cause__`, if there is one, is the cancellation, and its traceback says where the task hung.
+    The message names the task. If there is a `__cause__`, it is the cancellation, and its traceback shows where the
+    task hung.
     """

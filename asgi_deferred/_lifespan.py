@@ -1,27 +1,27 @@
-"""The lifespan, owned here even when the application has none.
+"""The lifespan. The middleware answers it even if the application has none.
 
-1. The runner runs before the application sees `lifespan.startup`, and has drained before it sees
-   `lifespan.shutdown`, so that what the application opens and closes is open while tasks run.
-2. The server gets each of `startup.complete` (or `.failed`) and `shutdown.complete` (or `.failed`) once, from the
-   application, or from here if that ends without: as Django does, which raises, or an app that returns.
-3. An exception passes through: at once before startup completed, and after the drain if it comes later. The exception
-   to this is an application that has no lifespan, and says so.
+1. The runner starts before the application sees `lifespan.startup`. It has drained before the application sees
+   `lifespan.shutdown`. So the application's resources are open while tasks run.
+2. The server gets `startup.complete` (or `.failed`) once, and `shutdown.complete` (or `.failed`) once. If the
+   application ends without sending one, the middleware sends it. Django, for example, raises instead.
+3. An exception passes through: at once if startup is not complete, or else after the drain. An application that has
+   no lifespan is the only exception to this rule.
 
-How an application says that it has no lifespan
+How to tell that an application has no lifespan
 ===============================================
 
 4. It returns before it has received anything.
-5. It answers as if it had a request: it sends a message that is not a lifespan's, which servers refuse.
-6. It raises before it has received anything, in the function that looks at the scope. The frame that raised has the
-   scope among its variables. A middleware whose `__init__` fails, which Starlette calls on the first scope it gets,
-   has not: that is a startup that fails, and the server is to see it. The errors are
+5. It answers as if this were a request: it sends a message that does not belong to a lifespan, which servers refuse.
+6. It raises before it has received anything, in the function that looks at the scope. So the frame that raised has the
+   scope among its variables. This is not so when the `__init__` of a middleware fails, which Starlette calls for the
+   first scope. That is a failed startup, and the server has to see it. The errors are
 
    - ValueError: Django's `ASGIHandler`, the `ProtocolTypeRouter` of channels, asgiref's `WsgiToAsgi`;
    - AssertionError: `assert scope["type"] == "http"`, as in Starlette's `Request`, `HTTPEndpoint` and `StaticFiles`;
    - KeyError: `{"http": handle}[scope["type"]]`, or `scope["path"]`, which only a request has;
-   - NotImplementedError: handwritten.
+   - NotImplementedError: written by hand.
 
-   A TypeError is not among them: it is what a wrong call raises.
+   TypeError is not one of them, because a wrong call raises it.
 
 ASGI: Lifespan Protocol, sections "Scope" to "Shutdown Complete".
 """
@@ -38,7 +38,7 @@ from ._reports import write
 from ._runner import Runner
 from ._tasks import KEY
 
-# What an application that knows requests only looks up in vain.
+# An application that only knows requests looks up these keys in vain.
 OF_REQUESTS = (
     *("method", "scheme", "http_version", "path", "raw_path", "root_path", "query_string", "headers"),
     *("client", "server", "subprotocols"),
@@ -48,7 +48,7 @@ OF_REQUESTS = (
 async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
     received: list[str] = []
     sent: list[str] = []
-    shutdown: list[Any] = []  # the message, if the application gave up waiting for it while we drained
+    shutdown: list[Any] = []  # the message, if the application stops waiting for it during the drain
 
     async def receive_and_drain() -> Any:
         message = shutdown.pop() if shutdown else await receive()
@@ -64,7 +64,7 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
         await send(message)
 
     async def complete(phase: str) -> None:
-        """Do what the application left undone of a phase."""
+        """Do the rest of a phase that the application did not finish."""
         if f"lifespan.{phase}" not in received:
             await receive_and_drain()
         if f"lifespan.{phase}.complete" not in sent and f"lifespan.{phase}.failed" not in sent:
@@ -89,7 +89,7 @@ async def run_lifespan(app: Any, runner: Runner, scope: Mapping[str, Any], recei
             await complete("shutdown")
     except BaseException as exc:
         error = exc
-        # Hypercorn cancels a lifespan that has said its last word and takes another step, and dies of the cancellation.
+        # Hypercorn cancels a lifespan that takes another step after its last message, and dies of the cancellation.
         if not (isinstance(exc, CancelledError) and "lifespan.shutdown.complete" in sent):
             raise
     finally:

@@ -1,10 +1,10 @@
 """The middleware: a guard, a closure and a forward.
 
-1. The list is in the scope, a copy, and is the current one before the application is called.
-2. Nothing of the user's runs inside `send`, but the enqueueing of durable tasks and the answer to its refusal. Whether
-   a message was the final one is noted before it is forwarded.
-3. A request is registered from its first task on, as a server may shut down before its call has ended.
-4. Tasks are handed over after the application's call has ended, however it ended.
+1. The application gets a copy of the scope with the list in it. The list is the current one from then on.
+2. `send` runs no code of the user's, except to enqueue durable tasks and to answer when an engine refuses one. The
+   middleware notes that a message is final before it forwards the message.
+3. A list enters the account with its first task, because a server may shut down before the call has ended.
+4. The list is handed over after the application's call has ended, however it ended.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ FREE_THREADED = bool(get_config_var("Py_GIL_DISABLED"))
 
 
 class DeferredMiddleware:
-    """Wrap an ASGI application, so that it can defer work until its responses have gone out.
+    """Wraps an ASGI application, so that it can defer work until its responses have gone out.
 
-    Each HTTP request and websocket gets a task list, at `scope["asgi_deferred"]`. Its tasks run after the final
-    message of the response was handed to the server and the application's call has ended: in the background,
-    until the server's lifespan ends; without a lifespan, before the middleware's own call returns.
+    Each HTTP request and websocket gets a task list, at `scope["asgi_deferred"]`. Its tasks run once the server has
+    taken the final message of the response and the application's call has ended. They run in the background until
+    the server's lifespan ends. On a server without a lifespan they run before the middleware's own call returns.
 
-    Install it outermost, as the tasks wait for what it wraps. A second one further in finds the list, and
-    passes through.
+    Install it outermost, because tasks wait only for what it wraps. If there is a second one inside the first, it
+    finds the list in the scope and does nothing.
 
     Args:
         app: The application.
-        runner: Limits, defaults and observers; a `Runner()` of its own if left out.
+        runner: Limits, defaults and observers. The default is a new `Runner()`.
 
     Raises:
         TypeError: `app` is not callable, or `runner` is not a `Runner`.
@@ -92,7 +92,7 @@ class DeferredMiddleware:
         finally:
             reset_current(token)
             tasks._ended = not tasks._all
-            if tasks._all or FREE_THREADED:  # looked at last: another thread may have added one just now
+            if tasks._all or FREE_THREADED:  # read again, because another thread may just have added a task
                 tasks._end()
                 waiting = self.runner._end(tasks)
                 if waiting is not None:

@@ -1,4 +1,4 @@
-"""The runner: an app's configuration, and the beginning and the end of its homes."""
+"""The runner: the configuration of an application, and the start and the end of its homes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Block:
-    """One entry of a runner: the home that it is in, and the list of what is deferred in it outside of any request."""
+    """One entry into a runner: its home, and the list for tasks that are deferred outside any request."""
 
     __slots__ = ("before", "home", "native", "tasks")
 
@@ -40,38 +40,44 @@ class Block:
 
 
 class Runner(Settings):
-    """Runs task lists: limits, threads, order, shutdown. One for each application and process.
+    """Runs task lists, with their limits, threads, order and shutdown. Create one for each application and process.
 
-    The middleware starts and drains it with the server's lifespan. `async with runner:` does the same anywhere
-    else: in a script, a worker, a test. Inside the block `defer()` works without a request and runs tasks at
-    once; the end of the block drains. If the block is cancelled, what is left is abandoned at once. A runner may be
-    entered more than once at a time, on one event loop or on several. Tasks run on the loop of their request, and
-    each end drains what is unfinished on its loop.
+    The middleware starts the runner with the server's lifespan, and drains it at the end. Anywhere else, such as in a
+    script, a worker or a test, `async with runner:` does the same. Inside the block, `defer()` works without a request
+    and runs tasks at once. The end of the block drains. If the block is cancelled, the remaining tasks are abandoned
+    at once.
+
+    A runner can be entered more than once at a time, on one event loop or on several. Tasks run on the event loop of
+    their request. Each end drains the unfinished tasks on its own event loop.
 
     Args:
-        max_concurrency: Tasks that run at once, those in threads included.
-        max_threads: Worker threads for sync tasks. They are the runner's own.
-        max_pending: Tasks accepted and not yet ended; see `overflow`.
-        overflow: What happens at `max_pending`. "wait" holds the request's ASGI call (its client has the
-            response already) until there is room; "reject" makes `add_task` raise `BacklogFull`.
-        concurrent: Let the tasks of one list run concurrently, not one at a time in the order added.
+        max_concurrency: How many tasks run at once, including those in threads.
+        max_threads: How many worker threads the runner uses for sync tasks. They are its own threads.
+        max_pending: How many tasks may be accepted and not yet ended; see `overflow`.
+        overflow: What happens at `max_pending`. "wait" holds the request's ASGI call until there is room; its client
+            already has the response. "reject" makes `add_task` raise `BacklogFull`.
+        concurrent: If true, the tasks of one list run concurrently. By default they run one at a time, in order.
         when: The default of the `when` option.
-        timeout: The default of the `timeout` option, in seconds; `None` for none.
-        enqueue_timeout: The same for engines' tasks, where it is the time to enqueue one. A client waits that long
-            for its 503 when the engine of a durable task hangs.
-        drain_timeout: Seconds that tasks have to end at shutdown, and after the cancellation of a call on a
-            server without lifespan. One second more is given to those that are cancelled then. Keep it below the time
-            after which your supervisor kills the process.
-        observers: Called with a `TaskEvent`, in the task's context, when a task starts and when it ends.
-        around: Called with the `DeferredTask`, in its context, to make the context manager that is entered
-            around the call, in the thread that makes it. An async one is entered around what is awaited, on the
-            event loop: an async function, or what a sync one returned. One that is both is entered as either.
-        unavailable: An ASGI application, such as a Starlette response, which answers in place of a plain 503 when an
-            engine refuses a durable task; the `error` of its list's `outcome` is the EnqueueFailed then. It is sent
-            with the `access-control-*` and `vary` headers of the response it replaces, where it has none of its own.
+        timeout: The default of the `timeout` option, in seconds; `None` means no timeout.
+        enqueue_timeout: The default of the `timeout` option for engines' tasks, in seconds: the time to enqueue one.
+            If the engine of a durable task hangs, the client waits this long for its 503.
+        drain_timeout: How many seconds tasks have to end at shutdown. On a server without a lifespan it applies when
+            a call is cancelled. Tasks that have not ended by then are cancelled, and get one more second. Keep the sum
+            below the time after which your supervisor kills the process.
+        observers: Functions that are called with a `TaskEvent`, in the task's context, when a task starts and when it
+            ends.
+        around: Functions that are called with the `DeferredTask`, in its context, and return a context manager to
+            enter around the call. A sync context manager is entered in the thread that makes the call. An async one is
+            entered on the event loop, around an async function or around the awaitable that a sync function returned.
+            If it is both, it is entered either way.
+        unavailable: An ASGI application, such as a Starlette response, that answers instead of a plain 503 when an
+            engine refuses a durable task. It finds the EnqueueFailed as the `error` of its list's `outcome`. Its
+            answer also gets the `access-control-*` and `vary` headers of the response it replaces, unless it sets
+            them itself.
 
     Raises:
-        ValueError, TypeError: An argument is out of its range or not of its type.
+        ValueError: An argument is out of its range.
+        TypeError: An argument has the wrong type.
     """
 
     def __post_init__(self) -> None:
@@ -103,7 +109,7 @@ class Runner(Settings):
         return block
 
     async def _leave(self, block: Block, exc: BaseException | None = None) -> None:
-        """Drain, or abandon at once if `exc` is more than an Exception; then close the home to late tasks."""
+        """Drain, or abandon at once if `exc` is not an Exception. Then close the home to late tasks."""
         account, home = self._scheduler.account, block.home
         if current.get() is block.tasks:
             current.set(block.before)
@@ -125,14 +131,14 @@ class Runner(Settings):
             if failure is not exc:
                 raise
         finally:
-            if home.unsettled and home.entered == 1:  # added after the deadline of another entry, which has left
+            if home.unsettled and home.entered == 1:  # added after the deadline of another entry, which is gone
                 abandon(self._scheduler, home)
                 give_up(self._scheduler, home)
             rest(home)
             account.leave(block.native, home)
 
     async def _drain(self, home: Home) -> None:
-        """Wait until a home is empty, or its drain has given up. May be cut, and called again."""
+        """Wait until a home is empty, or its drain has given up. It can be cancelled, and called again."""
         home.drains += 1
         try:
             while not self._scheduler.account.shut(home):
@@ -144,7 +150,7 @@ class Runner(Settings):
     # A request ends
 
     def _end(self, tasks: DeferredTasks) -> Awaitable[None] | None:
-        """Have run what the request deferred, in the background; return what the call has to await, if anything."""
+        """Hand over the list of a request that has ended; return an awaitable if the call has to wait."""
         account = self._scheduler.account
         home = account.homes.get(tasks._loop)
         if home is None and tasks._below_a_router and tasks._all:
@@ -156,7 +162,7 @@ class Runner(Settings):
         return None
 
     async def _run_here(self, tasks: DeferredTasks) -> None:
-        """Run a list where there is no lifespan to do so."""
+        """Run a list inside its call, because no lifespan runs."""
         scheduler, home = self._scheduler, Home(loop_of(tasks._loop))
         cancelled = isinstance(tasks._error, get_cancelled_exc_class())
         scheduler.end(tasks, home)
@@ -173,17 +179,17 @@ class Runner(Settings):
             if cancelled:
                 try:
                     await outlast(partial(self._drain_cancelled, home))
-                finally:  # a call may be closed as it drains
+                finally:  # a call may be closed while it drains
                     scheduler.cancelled.pop(home, None)
                     home.waiters.wake()
             rest(home)
             scheduler.account.leave(None, home)
 
     async def _drain_cancelled(self, home: Home) -> None:
-        """Drain the home of a call that was cancelled, and wait for others: daphne exits when the first has ended."""
+        """Drain the home of a cancelled call, and wait for the others: daphne exits once the first call has ended."""
         cancelled = self._scheduler.cancelled
         cancelled[home] = None
-        await self._drain(home)  # if it is cut, `outlast` comes back
+        await self._drain(home)  # if this is cancelled, `outlast` calls again
         del cancelled[home]
         home.waiters.wake()
         for other in tuple(cancelled):
@@ -197,38 +203,38 @@ class Runner(Settings):
         return self._scheduler.account.statistics()
 
     def tasks(self) -> list[TaskEvent]:
-        """Return what is unfinished now, in the order accepted. Safe from any thread."""
+        """Return the unfinished tasks, in the order accepted. Safe from any thread."""
         unfinished = sorted(self._scheduler.account.unfinished(), key=lambda task: task._added)
         seen = [(task, task._list, task.state) for task in unfinished]
         return [
             TaskEvent._now(task, tasks, state)
             for task, tasks, state in seen
-            if tasks is not None and state in (TaskState.PENDING, TaskState.RUNNING)  # else it has ended just now
+            if tasks is not None and state in (TaskState.PENDING, TaskState.RUNNING)  # or it has just ended
         ]
 
     @property
     def oldest(self) -> float:
-        """For how many seconds the longest-waiting task could have started; 0.0 if none waits.
+        """How many seconds the longest-waiting task has waited for its turn; 0.0 if none waits.
 
-        It counts from the end of the task's request, so that an open websocket raises no alarm.
+        The time counts from the end of the task's request, so an open websocket raises no alarm.
         """
         return max((event.waited for event in self.tasks() if event.state is TaskState.PENDING), default=0.0)
 
     @property
     def running(self) -> list[str]:
-        """The names of the tasks that run now, the longest-running first."""
+        """The names of the running tasks, the longest-running first."""
         return [task.name for task in tuple(self._scheduler.account.running) if task.state is TaskState.RUNNING]
 
     async def wait_idle(self) -> None:
         """Wait until no accepted task is unfinished.
 
         Raises:
-            RuntimeError: This is called inside a task, which would wait for itself.
+            RuntimeError: It was called inside a task, which would wait for itself.
         """
         task, account = inside.get(), self._scheduler.account
         if task is not None and task.state is TaskState.RUNNING and task in account.running:
             raise RuntimeError(
-                f"wait_idle() was called inside the deferred task {task.name!a}, and would wait for its end for ever. "
-                "Call it outside, as in a test."
+                f"wait_idle() was called inside the deferred task {task.name!a}, so it would wait for itself for ever. "
+                "Call it outside of tasks, such as in a test."
             )
         await until(account.idle, lambda: not account.unsettled)

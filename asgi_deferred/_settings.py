@@ -13,20 +13,20 @@ from ._outcome import When, check_when
 from ._tasks import DeferredTask, TaskEvent, check_count, check_positive
 
 Observer: TypeAlias = Callable[[TaskEvent], object]
-"""A function that is told when a task starts and when it ends: `Runner(observers=[...])`."""
+"""A function that is called when a task starts and when it ends: `Runner(observers=[...])`."""
 Around: TypeAlias = Callable[[DeferredTask], AbstractContextManager[object] | AbstractAsyncContextManager[object]]
-"""A function that makes the context manager that is entered around a task's call: `Runner(around=[...])`."""
+"""A function that returns a context manager to enter around a task's call: `Runner(around=[...])`."""
 
 
 class ASGIApp(Protocol):
-    """Any ASGI 3 application, whatever types its framework gives the three arguments."""
+    """Any ASGI 3 application. Its framework may use other types for the three arguments."""
 
     def __call__(self, scope: Any, receive: Any, send: Any, /) -> Awaitable[None]: ...
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Settings:
-    """What `Runner` is given; see there."""
+    """The arguments of `Runner`, which documents them."""
 
     max_concurrency: int = 1000
     max_threads: int = 40
@@ -58,7 +58,9 @@ class Settings:
         for around in self.around:
             _check_around(around)
         if self.unavailable is not None and not callable(self.unavailable):
-            raise TypeError(f"unavailable={self.unavailable!r} is no ASGI application, as a Starlette response is")
+            raise TypeError(
+                f"unavailable={self.unavailable!r} is not an ASGI application: use one, such as a Starlette response"
+            )
 
 
 def _check_observer(observer: object) -> None:
@@ -66,8 +68,8 @@ def _check_observer(observer: object) -> None:
         raise TypeError(f"observers has {observer!r}, which cannot be called: use functions (TaskEvent) -> None")
     if is_async(observer):
         raise TypeError(
-            f"observers has {observer!r}, which is async, and would not be awaited: use a plain function "
-            "(TaskEvent) -> None. It can defer() what takes long."
+            f"observers has {observer!r}, which is async and would not be awaited: use a plain function "
+            "(TaskEvent) -> None. It can defer() slow work."
         )
 
 

@@ -1,11 +1,11 @@
 """Starlette's and FastAPI's own background tasks, run by the runner.
 
-1. A background task is moved when a response calls it, in a request that went through a `Moving` and is under way.
-   Anybody else who calls it runs it as ever: an endpoint, a subclass's `super().__call__()`, a deferred task.
-2. Held: the response waits for its tasks, one after the other, each batch in a list of its own that has ended
-   already. So they run before the teardown of dependencies, with uploads and sessions open.
-3. Detached: they are added to the request's list.
-4. What was made for a request and neither ran nor was moved is named in a WARNING when the call ends.
+1. A background task is moved when a response calls it, in a request that passed through a `Moving` and has not ended.
+   Any other caller runs it as before: an endpoint, the `super().__call__()` of a subclass, a deferred task.
+2. Held (the default): the response waits for its tasks, one after the other. Each batch has a list of its own, which
+   is due at once. So the tasks run before dependencies are torn down, while uploads and sessions are open.
+3. Detached: the tasks are added to the request's list.
+4. When the call ends, a WARNING names the background tasks of the request that were neither run nor moved.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ moving: ContextVar[Request | None] = ContextVar("asgi_deferred_moving", default=
 
 
 class Place(NamedTuple):
-    """A line of code, as much as a task asks of the frame that added it."""
+    """A line of code, with the attributes of a frame that a task reads."""
 
     f_code: CodeType
     f_lineno: int
 
 
 class Origin(NamedTuple):
-    """Where a background task was made; in a worker thread, also in which context."""
+    """The line that created a background task and, if that was in a worker thread, its context."""
 
     place: Place
     context: Context | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be nothing in the copy that a cache makes of a response: no context can be pickled."""
+        """Become None in a pickled copy, such as a cached response, because a context cannot be pickled."""
         return NoneType, ()
 
 
 class Moving:
-    """The application as the middleware sees it: each request in it has its background tasks moved."""
+    """The application that the middleware wraps. It moves the background tasks of each request."""
 
     def __init__(self, app: ASGIApp, *, detached: bool) -> None:
         self.app = app
@@ -86,7 +86,7 @@ class Held(DeferredTasks):
 
     @property
     def outcome(self) -> None:
-        """Their request has not ended."""
+        """None, because the request has not ended."""
 
 
 class Request:
@@ -99,11 +99,11 @@ class Request:
         self.scope = scope
         self.over = False
         self.made: list[BackgroundTasks] = []
-        # Detached: what is added to these goes to the list as well.
+        # If detached: a task that is added to one of these later goes to the list as well.
         self.moved: WeakSet[BackgroundTasks] | None = WeakSet() if detached else None
 
     def end(self) -> None:
-        """Name what nobody ran; hold nothing of the request, as its tasks lead here by their contexts."""
+        """Name the tasks that never ran, and release the request, as their contexts keep this object alive."""
         self.over = True
         for background in self.made:
             for each in background.tasks:
@@ -122,7 +122,7 @@ class Request:
         self.scope = {}
 
     async def run(self, background: BackgroundTask, caller: Place) -> None:
-        """Run what a response called, and before and after it what was injected and is of no response."""
+        """Run the background task of a response. Before and after it, run injected tasks that no response has."""
         if self.moved is not None:
             self.moved.update(self._injected())
         await self._run_dropped(background, caller)
@@ -130,8 +130,8 @@ class Request:
         await self._run_dropped(background, caller)
 
     async def _run_dropped(self, background: BackgroundTask, caller: Place) -> None:
-        """Run what FastAPI drops as the endpoint's response has a background of its own."""
-        if sys.exc_info()[0] is None:  # else it is the response of an exception handler, and the endpoint's are dropped
+        """Run the tasks that FastAPI drops because the endpoint's response has a background task of its own."""
+        if sys.exc_info()[0] is None:  # an exception handler's response drops the endpoint's tasks
             for each in self._injected():
                 if each is not background:
                     await self._move([*filter(origin_of, each.tasks)], caller)
@@ -165,7 +165,7 @@ class Request:
 
     async def _hold(self, batch: list[Any], caller: Place) -> None:
         tasks, waiters = self.tasks, Waiters()
-        held = Held(tasks._host, {"type": self.scope["type"]})  # a cancelled call may leave it behind
+        held = Held(tasks._host, {"type": self.scope["type"]})  # not the whole scope: a cancelled call may leave it
         held._request, held._then, held._unbounded = name_request(tasks._scope), waiters.wake, True
         for each in batch:
             self.add(held, each, caller)
@@ -187,7 +187,7 @@ class Request:
             raise
 
     def add(self, tasks: DeferredTasks, each: Any, caller: Place | None = None) -> None:
-        """Add a background task to a list, as the line that made it would, or as its endpoint."""
+        """Add a background task to a list, on behalf of the line that created it, or of the endpoint."""
         func, args, kwargs = call_of(each)
         name = None
         if not _runs_as_it_is(func):
@@ -216,12 +216,12 @@ def _is_container(background: Any) -> bool:
 
 
 def call_of(each: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What there is to be called: the function, or a subclass with a call of its own as a whole."""
+    """Return the call that a background task makes. A subclass with its own `__call__` is called as a whole."""
     return (each.func, each.args, each.kwargs) if _is_plain(each) else (each, (), {})
 
 
 def _runs_as_it_is(func: Any) -> bool:
-    """Whether a list would call this: an engine's task would be enqueued, but Starlette calls it."""
+    """Whether a list would call this function. It would enqueue an engine's task, which Starlette calls."""
     try:
         return type(func) is FunctionType or (recognise(func) is None and callable(func))
     except TypeError:
@@ -233,7 +233,7 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def origin_of(each: Any, *, forget: bool = False) -> Origin | None:
-    """Where a background task was made, unless it has been run, or was made outside of any request."""
+    """Return where a background task was created; None if it has run, or was created outside of any request."""
     if not isinstance(each, BackgroundTask):
         return None
     origin: Origin | None = vars(each).pop(_ORIGIN, None) if forget else vars(each).get(_ORIGIN)
@@ -241,7 +241,7 @@ def origin_of(each: Any, *, forget: bool = False) -> Origin | None:
 
 
 def _line_that_made() -> Place:
-    """The line outside of `add_task` and of all that background tasks do to be made."""
+    """Return the line that created a background task, outside of the methods that do it."""
     frame: Any = sys._getframe(2)
     while frame.f_code.co_name in _MAKERS and isinstance(frame.f_locals.get("self"), BackgroundTask):
         frame = frame.f_back
@@ -249,7 +249,7 @@ def _line_that_made() -> Place:
 
 
 def _calling_response(background: BackgroundTask) -> Place | None:
-    """The line that calls a background task, if it is that of a response: of an object that has it as `background`."""
+    """Return the line that calls a background task, if a response does: an object that has it as `background`."""
     frame = sys._getframe(2)
     if getattr(frame.f_locals.get("self"), "background", None) is background:
         return Place(frame.f_code, frame.f_lineno)
@@ -258,7 +258,7 @@ def _calling_response(background: BackgroundTask) -> Place | None:
 
 @cache
 def install() -> None:
-    """Replace what makes and calls background tasks; once for each process. Without a `Moving` nothing changes."""
+    """Replace the methods that create and call background tasks, once per process. Only a `Moving` uses them."""
     make, make_many, add_task = BackgroundTask.__init__, BackgroundTasks.__init__, BackgroundTasks.add_task
 
     @wraps(make)

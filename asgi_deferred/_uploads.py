@@ -1,9 +1,10 @@
 """Uploads stay open for the tasks that have them among their arguments.
 
-1. FastAPI closes a form when the endpoint's call ends, `async with request.form()` at its end. An upload in it that an
-   unfinished task of the request's list can reach is not closed then, but when the last task of the list has ended.
-2. A task reaches what is in its arguments, also in containers, partials, methods, closures, models and dataclasses.
-3. `await upload.close()` closes, as whoever writes it means it.
+1. FastAPI closes a form when the endpoint's call ends, and `async with request.form()` closes it at the end of the
+   block. If an unfinished task of the request's list can reach an upload of the form, that upload is closed later, when
+   the last task of the list has ended.
+2. A task reaches its arguments, and what is in their containers, partials, methods, closures, models and dataclasses.
+3. `await upload.close()` closes the upload at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _DEPTH = 4  # of containers in containers
 
 @cache
 def keep_uploads() -> None:
-    """Replace what closes a form; once for each process. Without a task that has an upload nothing changes."""
+    """Replace the method that closes a form, once per process. It only changes forms whose uploads a task can reach."""
     close = FormData.close
 
     @wraps(close)
@@ -46,7 +47,7 @@ def keep_uploads() -> None:
 
 
 def _kept(tasks: DeferredTasks, uploads: list[UploadFile]) -> list[UploadFile]:
-    """The uploads that unfinished tasks can reach; none if the request has ended, and nothing closes them later."""
+    """Return the uploads that unfinished tasks can reach; none if the request has ended: nobody would close them."""
     if tasks._ended:
         return []
     unfinished = [task for task in tasks if task.state in (TaskState.PENDING, TaskState.RUNNING)]
@@ -82,7 +83,7 @@ def _parts(value: Any) -> Iterable[Any]:
 def _contents(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # it is empty
+    except ValueError:  # the cell is empty
         return None
 
 

@@ -1,4 +1,4 @@
-"""Django: deferred work in a project that runs on ASGI.
+"""Django: defer work in a project that runs on ASGI.
 
 In `asgi.py`:
 
@@ -6,11 +6,11 @@ In `asgi.py`:
 
     application = DeferredMiddleware(get_asgi_application())
 
-and, from Django 6.0 on, in `settings.py`:
+From Django 6.0 on, in `settings.py`:
 
     TASKS = {"default": {"BACKEND": "asgi_deferred.django.DeferredBackend"}}
 
-With this module in INSTALLED_APPS, Django's system checks tell of a set-up in which nothing would be deferred.
+If you add this module to INSTALLED_APPS, Django's system checks warn you about a set-up in which nothing is deferred.
 """
 
 from __future__ import annotations

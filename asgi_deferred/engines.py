@@ -1,9 +1,9 @@
 """Engines: when one machine is not enough.
 
-`add_task` with a task object of taskiq, Celery, dramatiq, huey, procrastinate, streaq or Django's task framework
-enqueues it after the response instead of running it in this process, and `options(durable=True)` enqueues it before
-the response starts. For other engines there are two ways: a class of one's own with a method
-`__defer_enqueue__(self, *args, **kwargs)`, `def` or `async def`, or `register()` for somebody else's class.
+If you pass `add_task` a task of taskiq, Celery, dramatiq, huey, procrastinate, streaq or Django's task framework, it is
+enqueued after the response instead of run in this process. With `options(durable=True)`, it is enqueued before the
+response starts. For another engine, give your own class a method `__defer_enqueue__(self, *args, **kwargs)`, which can
+be `def` or `async def`, or call `register()` for a class that is not yours.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["register"]
 def register(
     cls: type, enqueue: Callable[..., Any], *, local: Callable[[Any], Callable[..., Any]] | None = None
 ) -> None:
-    """Tell `add_task` that the instances of a class are tasks of an engine, in this whole process.
+    """Treat the instances of a class as tasks of an engine, in this whole process.
 
     Args:
-        cls: The class of the engine's task objects. A later registration goes before an earlier one, and all of them
-            go before `__defer_enqueue__` and the engines known here.
-        enqueue: Called as `enqueue(task, *args, **kwargs)`. An `async def` runs on the event loop, any other in a
-            worker thread. It returns once the engine has the job, and raises if it did not take it.
-        local: Called with the task, returns what `asgi_deferred.testing.inline()` calls in its place; the task
-            itself if left out.
+        cls: The class of the engine's task objects. A later registration wins over an earlier one. Registered classes
+            win over `__defer_enqueue__` and over the engines that are known here.
+        enqueue: Called as `enqueue(task, *args, **kwargs)`. It has to return once the engine has the job, and to raise
+            if the engine does not take it. An `async def` runs on the event loop, any other in a worker thread.
+        local: Called with the task. It returns the function that `asgi_deferred.testing.inline()` calls instead of the
+            task. By default that is the task itself.
 
     Raises:
         TypeError: `cls` is not a class, or `enqueue` cannot be called.

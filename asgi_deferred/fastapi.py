@@ -1,4 +1,4 @@
-"""FastAPI: the task list as a dependency, and a whole application's existing `BackgroundTasks` run by the runner."""
+"""FastAPI: the task list as a dependency, and a middleware that runs your existing `BackgroundTasks`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ async def _tasks(connection: HTTPConnection) -> DeferredTasks:
 Deferred: TypeAlias = Annotated[DeferredTasks, Depends(_tasks)]
 """The request's task list, as the annotation of a parameter.
 
-It works in endpoints and in their dependencies, before and after a `yield`, on HTTP and websockets, and does not show
-in OpenAPI. All of a request get the same list. Without `DeferredMiddleware` a request raises `MiddlewareMissing`.
-A task may be given an upload: that stays open until the list's tasks have ended.
+It works in endpoints and in their dependencies, before and after a `yield`, for HTTP and websockets. It does not
+appear in OpenAPI. Every dependency of a request gets the same list. Without `DeferredMiddleware`, a request raises
+`MiddlewareMissing`. If you pass an upload to a task, the upload stays open until the tasks of the list have ended.
 
 Example:
     ```python

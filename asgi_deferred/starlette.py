@@ -1,7 +1,7 @@
-"""Starlette: a whole application's own background tasks, run by the runner.
+"""Starlette: a middleware that runs the background tasks that your application already has.
 
-`tasks_from(request)` of the package works in Starlette as it is. This module is for an application that has
-`BackgroundTask` and `BackgroundTasks` already, and for uploads in tasks.
+For new tasks you do not need this module: `asgi_deferred.tasks_from(request)` works in Starlette. Use it if your
+application has `BackgroundTask` or `BackgroundTasks`, or if your tasks get uploads.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ __all__ = ["DeferredMiddleware"]
 
 
 class DeferredMiddleware(_DeferredMiddleware):
-    """`asgi_deferred.DeferredMiddleware` for an application with background tasks of Starlette's or FastAPI's own.
+    """`asgi_deferred.DeferredMiddleware` for an application with Starlette's or FastAPI's background tasks.
 
-    The runner runs them, in the whole application and in all that is mounted in it, with not one line of it edited.
-    What runs, when, and what it may use is what the framework would do: the application's call is held until they
-    have ended. A failing one leaves the others alone and is logged with the line that added it. Sync ones have
-    threads of the runner's own. They count, and have its limits, timeout, events and drain.
+    The runner runs them, in the whole application and in everything that is mounted in it. You edit no other line.
+    The framework still decides what runs, when it runs, and what it can use: the application's call is held until the
+    tasks have ended. But a task that fails does not stop the others, and is logged with the line that added it. Sync
+    tasks run in the runner's own threads. The runner's limits, timeout, observers and drain apply.
 
-    An upload among the arguments of a task of the list stays open until the list's tasks have ended.
+    If you pass an upload to a task of the list, the upload stays open until the tasks of the list have ended.
 
     Args:
         app: The application.
-        runner: Limits, defaults and observers; a `Runner()` of its own if left out.
-        detached: Hold no call. Background tasks are added to the request's list with `when="always"`, and run after
-            the call has ended.
+        runner: Limits, defaults and observers. The default is a new `Runner()`.
+        detached: If true, the call is not held. Background tasks are added to the request's list with `when="always"`,
+            and run after the call has ended.
 
     Example:
         ```python

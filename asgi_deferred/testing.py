@@ -1,7 +1,7 @@
-"""For tests of applications that defer: look at what was deferred, or wait for it.
+"""Help for tests of applications that defer: look at the deferred tasks, or wait for them.
 
-Both are context managers, hold for the whole process while they are entered, and work with any client, event loop and
-thread, with a lifespan or without. As pytest fixtures:
+Both functions return context managers that apply to the whole process. They work with any client, event loop and
+thread, with or without a lifespan. You can use them as pytest fixtures:
 
 ```python
 @pytest.fixture
@@ -40,10 +40,11 @@ _add, _report = Scheduler.add, Scheduler.report_end
 
 @contextmanager
 def record() -> Iterator[list[DeferredTask]]:
-    """Collect tasks instead of running them: yield a list that fills with each task that is accepted.
+    """Collect tasks instead of running them. The block gets a list, which grows with each accepted task.
 
-    None of them runs, then or later, nor is counted in `statistics()`; they stay PENDING unless they are cancelled or
-    replaced by `key`. Bad input raises as ever; no limit applies. Of nested blocks the innermost collects.
+    The tasks never run, and `statistics()` does not count them. They stay PENDING, unless they are cancelled or
+    replaced by `key`. Bad input raises the usual errors, but no limit applies. If blocks are nested, the innermost one
+    collects.
 
     Example:
         ```python
@@ -71,14 +72,15 @@ def record() -> Iterator[list[DeferredTask]]:
 
 @contextmanager
 def inline(*, raise_errors: bool = False) -> Iterator[None]:
-    """Let every request finish its tasks before its ASGI call returns, and so before the client sees the response.
+    """Make every request finish its tasks before its ASGI call returns, and so before a test client has the response.
 
-    Tasks of engines run here as well, after the response and without a broker: the function below each is called.
-    Of nested blocks the innermost decides about `raise_errors`.
+    Tasks of engines run in this process too, without a broker: the function that the engine would call is called. If
+    blocks are nested, the innermost one decides about `raise_errors`.
 
     Args:
-        raise_errors: Raise the error of the request's first task that FAILED or TIMED_OUT out of the call,
-            once all have ended. Test clients raise it in the test. If the application itself raised, its error wins.
+        raise_errors: Raise the error of the request's first task that FAILED or TIMED_OUT, once all of its tasks have
+            ended. It is raised out of the ASGI call, and test clients raise it in the test. If the application itself
+            raised, that error is raised instead.
 
     Example:
         ```python
@@ -123,5 +125,5 @@ def inline(*, raise_errors: bool = False) -> Iterator[None]:
 
 
 def _kept_jobs_allowed() -> Any:
-    """Let a test's engine keep durable jobs in this process."""
+    """Allow durable tasks of engines that keep their jobs in this process."""
     return patch.object(_scheduler, "check_durable", partial(check_durable, kept=True))

@@ -400,7 +400,7 @@ async def test_wait_idle_inside_a_task() -> None:
         async with anyio.create_task_group() as group:
 
             async def child() -> None:
-                with pytest.raises(RuntimeError, match="would wait for its end for ever"):
+                with pytest.raises(RuntimeError, match="would wait for itself for ever"):
                     await runner.wait_idle()
                 log.append("refused")
 

@@ -555,7 +555,7 @@ async def test_results_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(module, "monotonic", lambda: now[0])
     results = [await jobs.careful.aenqueue(number) for number in range(3)]
-    with pytest.raises(TaskResultDoesNotExist, match=r"process that ran the task, 60 s long and the last 2 of them"):
+    with pytest.raises(TaskResultDoesNotExist, match=r"keeps its result for 60 s, and keeps the last 2 results"):
         jobs.careful.get_result(results[0].id)
     assert [jobs.careful.get_result(result.id).return_value for result in results[1:]] == [1, 2]
     now[0] += 60
