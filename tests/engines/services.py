@@ -70,7 +70,9 @@ def what_is_wrong(url: str) -> str | None:
         use(url)
     except Exception as exc:
         first_line = f"{exc}".strip().partition("\n")[0]
-        return f"no {name} at {parts.hostname}:{parts.port}, see CONTRIBUTING.md ({type(exc).__name__}: {first_line})"
+        return (
+            f"no {name} at {parts.hostname}:{parts.port}, see docs/contributing.md ({type(exc).__name__}: {first_line})"
+        )
     return None
 
 
@@ -92,7 +94,7 @@ def need_program(name: str) -> str:
     """Return the path of a program; skip the test where there is none, or fail it in CI."""
     path = shutil.which(name)
     if path is None:
-        give_up(f"no {name} on PATH, see CONTRIBUTING.md")
+        give_up(f"no {name} on PATH, see docs/contributing.md")
     return path
 
 

@@ -27,7 +27,7 @@ def test_missing_service(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing service skips a test with its name and address, and fails it in CI."""
     address = f"127.0.0.1:{free_port()}"
     url = url.format(address)
-    missing = f"no (Redis|RabbitMQ|PostgreSQL) at {address}, see CONTRIBUTING.md "
+    missing = f"no (Redis|RabbitMQ|PostgreSQL) at {address}, see docs/contributing.md "
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=missing):
         need(url)
