@@ -1,6 +1,7 @@
 """The Python blocks of the README and of the documentation are run, and the README's commands are what CI runs.
 
-A block whose first line is `# continues` goes on in the namespace of the one before it on its page.
+A block whose first line is `# continues` goes on in the namespace of the one before it on its page. One whose first line
+names a file, such as `# app.py`, is that module. Tests and a `conftest.py` can import the modules before them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = ("sh", "bash", "shell")
+CONTINUES = re.compile(r"# (continues|test_\w+\.py|conftest\.py)\n")
+FILE = re.compile(r"# (\w+)\.py\n")
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
@@ -33,7 +36,7 @@ def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
 def programs(page: Path) -> list[list[tuple[int, str]]]:
     """A page's Python blocks, those that continue one another together."""
     found = blocks(page, "python")
-    starts = [index for index, (_, code) in enumerate(found) if not code.startswith("# continues")]
+    starts = [index for index, (_, code) in enumerate(found) if not CONTINUES.match(code)]
     return [found[start:end] for start, end in pairwise([*starts, len(found)])]
 
 
@@ -67,6 +70,9 @@ def test_python_blocks_run(page: Path, program: list[tuple[int, str]], monkeypat
     module = ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)
     for line, code in program:
+        if file := FILE.match(code):
+            module = ModuleType(file[1])
+            monkeypatch.setitem(sys.modules, file[1], module)
         numbered = "\n" * (line - 1) + code
         exec(compile(numbered, str(page), "exec", dont_inherit=True), vars(module))
 
