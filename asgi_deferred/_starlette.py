@@ -208,7 +208,10 @@ class Request:
 
 
 def _is_plain(background: Any) -> bool:
-    return isinstance(background, BackgroundTask) and type(background).__call__.__module__ in _PLAIN
+    """Whether its class leaves the call to Starlette's, which a tracing tool may have replaced by its own."""
+    if not isinstance(background, BackgroundTask):
+        return False
+    return next(cls for cls in type(background).__mro__ if "__call__" in vars(cls)).__module__ in _PLAIN
 
 
 def _is_container(background: Any) -> bool:
@@ -250,7 +253,9 @@ def _line_that_made() -> Place:
 
 def _calling_response(background: BackgroundTask) -> Place | None:
     """Return the line that calls a background task, if a response does: an object that has it as `background`."""
-    frame = sys._getframe(2)
+    frame: Any = sys._getframe(2)
+    while frame.f_locals.get("self") is background:  # the wrapper of a tracing tool, which calls ours
+        frame = frame.f_back
     if getattr(frame.f_locals.get("self"), "background", None) is background:
         return Place(frame.f_code, frame.f_lineno)
     return None
