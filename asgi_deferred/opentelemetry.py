@@ -1,27 +1,29 @@
-"""OpenTelemetry: a span for each task that runs, and metrics of all. It needs `opentelemetry-api` alone.
+"""OpenTelemetry: a span for each task that runs, and metrics of all tasks. It needs `opentelemetry-api` alone.
 
-1. A span begins in the task's context when the task starts, so that it is the child of the request's span, and what the
-   task calls is below it. It ends with the task, in whichever thread that is noticed.
-2. A task that never started, as it was skipped, cancelled or abandoned while it waited, has no span. It is counted.
-3. Nothing is recorded of arguments. An exception is recorded with its message, as OpenTelemetry's own parts do.
+1. A span begins in the task's context when the task starts, so it is a child of the request's span, and what the task
+   calls is below it. It ends with the task, in whichever thread notices that.
+2. A task that never started has no span: it was skipped, cancelled or abandoned while it waited. It is counted.
+3. Arguments are never recorded. An exception is recorded with its message, as OpenTelemetry's own instrumentations do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 from opentelemetry import context, metrics, trace
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode, TracerProvider
 
-from ._functions import name_of
 from ._runner import Runner
 from ._states import TaskState
 from ._tasks import DeferredTask, TaskEvent
 
 __all__ = ["instrument"]
+
+NAME, STATE = "asgi_deferred.task.name", "asgi_deferred.task.state"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # the SDK's own are for milliseconds
 
 
 def instrument(
@@ -33,11 +35,10 @@ def instrument(
 ) -> None:
     """Trace and count a runner's tasks. Call it once for each runner, before the application serves.
 
-    A span has the task's name and, as attributes, `asgi_deferred.task.name`, `.state`, `.queued` (seconds) and
-    `.added_at`, `code.function.name` and, after an error, `error.type`. Metrics are the histograms
-    `asgi_deferred.task.duration` and `asgi_deferred.task.queue.duration` (in seconds, the latter from the end of the
-    request), the counter `asgi_deferred.tasks.ended`, and `asgi_deferred.tasks.unfinished` and
-    `asgi_deferred.tasks.oldest`, which are observed.
+    A span has the task's name. Its attributes are `asgi_deferred.task.name`, `.state`, `.queued` (seconds) and
+    `.added_at`, and `error.type` after an error. The metrics are the histograms `asgi_deferred.task.duration` and
+    `asgi_deferred.task.queue.duration` (seconds), the counter `asgi_deferred.tasks.ended`, and two that are observed,
+    `asgi_deferred.tasks.unfinished` and `asgi_deferred.tasks.oldest` (seconds).
 
     Args:
         runner: The runner.
@@ -56,61 +57,51 @@ def instrument(
     release = version("asgi-deferred")
     tracer = trace.get_tracer("asgi_deferred", release, tracer_provider)
     meter = metrics.get_meter("asgi_deferred", release, meter_provider)
-    durations = meter.create_histogram("asgi_deferred.task.duration", "s", "How long tasks ran")
-    waits = meter.create_histogram(
-        "asgi_deferred.task.queue.duration", "s", "How long tasks waited for their start, from the end of the request"
-    )
+    histogram = partial(meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=SECONDS)
+    durations = histogram("asgi_deferred.task.duration", description="How long tasks ran")
+    waits = histogram("asgi_deferred.task.queue.duration", description="How long tasks waited after their request")
     ended = meter.create_counter("asgi_deferred.tasks.ended", "{task}", "Tasks that have ended")
     spans: dict[DeferredTask, Span] = {}
 
-    def start(event: TaskEvent) -> None:
-        attributes: dict[str, Any] = {
-            "asgi_deferred.task.name": event.task.name,
-            "asgi_deferred.task.queued": event.queued,
-            "asgi_deferred.task.added_at": event.task.added_at,
-            "code.function.name": name_of(event.task.func),
-        }
-        if links:
-            request = trace.get_current_span().get_span_context()
-            link = [Link(request)] if request.is_valid else []
-            span = tracer.start_span(
-                event.task.name, context.Context(), SpanKind.CONSUMER, attributes=attributes, links=link
-            )
-        else:
-            span = tracer.start_span(event.task.name, attributes=attributes)
-        spans[event.task] = span
-        context.attach(trace.set_span_in_context(span))  # never detached: the task's context ends with it
+    def start(task: DeferredTask, queued: float) -> Span:
+        request = trace.get_current_span().get_span_context()
+        return tracer.start_span(
+            task.name,
+            context.Context() if links else None,
+            SpanKind.CONSUMER if links else SpanKind.INTERNAL,
+            {NAME: task.name, "asgi_deferred.task.queued": queued, "asgi_deferred.task.added_at": task.added_at},
+            [Link(request)] if links and request.is_valid else None,
+        )
 
-    def end(event: TaskEvent, span: Span) -> None:
-        span.set_attribute("asgi_deferred.task.state", event.state.name)
-        if event.error is not None:
-            span.record_exception(event.error)
-            span.set_attribute("error.type", type(event.error).__qualname__)
-        if event.state is not TaskState.SUCCEEDED:
-            span.set_status(StatusCode.ERROR, event.state.value)
+    def end(span: Span, state: TaskState, error: BaseException | None) -> None:
+        span.set_attribute(STATE, state.name)
+        if error is not None:
+            span.record_exception(error)
+            span.set_attribute("error.type", type(error).__qualname__)
+        if state is not TaskState.SUCCEEDED:
+            span.set_status(StatusCode.ERROR, state.value)
         span.end()
 
     def observe(event: TaskEvent) -> None:
-        if event.state is TaskState.RUNNING:
-            start(event)
+        task, state = event.task, event.state
+        if state is TaskState.RUNNING:
+            spans[task] = span = start(task, event.queued)
+            context.attach(trace.set_span_in_context(span))  # never detached: the task's context ends with it
             return
-        attributes = {"asgi_deferred.task.name": event.task.name, "asgi_deferred.task.state": event.state.name}
+        attributes = {NAME: task.name, STATE: state.name}
         ended.add(1, attributes)
         waits.record(event.waited, attributes)
-        if (span := spans.pop(event.task, None)) is not None:
+        if task in spans:
             durations.record(event.duration, attributes)
-            end(event, span)
+            end(spans.pop(task), state, event.error)
 
     def unfinished(_: CallbackOptions) -> Iterable[Observation]:
         counts = runner.statistics()
-        yield Observation(counts.pending, {"asgi_deferred.task.state": "PENDING"})
-        yield Observation(counts.running, {"asgi_deferred.task.state": "RUNNING"})
+        return [Observation(counts.pending, {STATE: "PENDING"}), Observation(counts.running, {STATE: "RUNNING"})]
 
     def oldest(_: CallbackOptions) -> Iterable[Observation]:
-        yield Observation(runner.oldest)
+        return [Observation(runner.oldest)]
 
-    meter.create_observable_gauge("asgi_deferred.tasks.unfinished", [unfinished], "{task}", "Tasks that have not ended")
-    meter.create_observable_gauge(
-        "asgi_deferred.tasks.oldest", [oldest], "s", "How long the longest-waiting task could have started"
-    )
+    meter.create_observable_up_down_counter("asgi_deferred.tasks.unfinished", [unfinished], "{task}", "Tasks not ended")
+    meter.create_observable_gauge("asgi_deferred.tasks.oldest", [oldest], "s", "How long the oldest task has waited")
     runner.observers = (*runner.observers, observe)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from typing import Any
 
 import anyio
+import celery
 import pytest
+import taskiq
+from celery.worker.request import Request
+from fastapi import BackgroundTasks, FastAPI
 from opentelemetry import trace
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse
+from taskiq.middlewares.opentelemetry_middleware import OpenTelemetryMiddleware
 
-from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner
+from asgi_deferred import DeferredMiddleware, DeferredTasks, Runner, defer
+from asgi_deferred import fastapi as deferred_fastapi
 from asgi_deferred.opentelemetry import instrument
 
+from .clients import async_client
 from .support import Log, request, responder
 
 pytestmark = pytest.mark.anyio
@@ -29,12 +43,12 @@ class Telemetry:
 
     def __init__(self, *, links: bool = False, **options: Any) -> None:
         self.exporter, self.reader = InMemorySpanExporter(), InMemoryMetricReader()
-        provider = TracerProvider()
-        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.tracer = provider.get_tracer("test")
+        self.provider = TracerProvider()
+        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = self.provider.get_tracer("test")
         self.runner = Runner(**options)
         meters = MeterProvider([self.reader])
-        instrument(self.runner, tracer_provider=provider, meter_provider=meters, links=links)
+        instrument(self.runner, tracer_provider=self.provider, meter_provider=meters, links=links)
         self.request_span: Any = None
 
     async def serve(self, add: Callable[[DeferredTasks], object]) -> None:
@@ -49,6 +63,16 @@ class Telemetry:
     def spans(self) -> list[ReadableSpan]:
         """The spans of tasks that have ended."""
         return [span for span in self.exporter.get_finished_spans() if span.name != "request"]
+
+    def tree(self) -> list[str]:
+        """Each span as its line of ancestors, sorted."""
+        spans = self.exporter.get_finished_spans()
+        names = {span.context.span_id: (span.name, span.parent) for span in spans if span.context}
+
+        def line(name: str, parent: trace.SpanContext | None) -> str:
+            return f"{line(*names[parent.span_id])} > {name}" if parent else name
+
+        return sorted(line(span.name, span.parent) for span in spans)
 
     def metrics(self) -> dict[str, list[tuple[dict[str, Any], Any]]]:
         """The points of each metric: their attributes, and a count or a value."""
@@ -154,11 +178,10 @@ async def test_every_end(kind: Any, state: str, options: dict[str, Any], error: 
     assert span.status.status_code is (StatusCode.UNSET if state == "SUCCEEDED" else StatusCode.ERROR)
     told = dict(span.attributes or {})
     assert 0 <= told.pop("asgi_deferred.task.queued")  # type: ignore[operator]
-    name = f"{kind.__name__}.<locals>." + ("Task" if kind is as_engine else "task")
     assert told.pop("asgi_deferred.task.added_at") == f"{__file__}:{add.__code__.co_firstlineno + 1}"
     said = told.pop("error.type", None)
     assert error is None or said == error
-    assert told == {**attributes, "code.function.name": name}
+    assert told == attributes
     assert [event.name for event in span.events] == ["exception"] * (said is not None)
 
 
@@ -205,3 +228,182 @@ async def test_unfinished() -> None:
         ((_, oldest),) = metrics["asgi_deferred.tasks.oldest"]
         assert oldest > 0
         go.set()
+
+
+async def test_histograms_are_of_seconds() -> None:
+    """G7: what took milliseconds and what took minutes are in different buckets of a histogram."""
+    telemetry = Telemetry()
+    async with telemetry.runner:
+        await telemetry.serve(lambda tasks: tasks.add_task(print, end=""))
+    data: Any = telemetry.reader.get_metrics_data()
+    metrics = data.resource_metrics[0].scope_metrics[0].metrics
+    histograms = {metric.name: metric.data.data_points for metric in metrics if metric.name.endswith(".duration")}
+    assert histograms.keys() == {"asgi_deferred.task.duration", "asgi_deferred.task.queue.duration"}
+    for (point,) in histograms.values():
+        assert {0.005, 1, 300} <= set(point.explicit_bounds)
+
+
+async def test_the_log_is_within_the_span() -> None:
+    """G3: the line that says a task failed is written in its span, so that a log handler finds the trace."""
+    telemetry, seen = Telemetry(), list[trace.SpanContext]()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(trace.get_current_span().get_span_context())
+
+    async def fails() -> None:
+        raise ZeroDivisionError
+
+    logger, handler = logging.getLogger("asgi_deferred"), Handler(logging.ERROR)
+    logger.addHandler(handler)
+    async with telemetry.runner:
+        await telemetry.serve(lambda tasks: tasks.add_task(fails))
+    logger.removeHandler(handler)
+    assert seen == [span.context for span in telemetry.spans()]
+
+
+@pytest.fixture
+def instrumented(monkeypatch: pytest.MonkeyPatch) -> Callable[[FastAPI, Telemetry], None]:
+    """OpenTelemetry's own instrumentation of FastAPI, without what it leaves behind in Starlette's classes."""
+    deferred_fastapi.DeferredMiddleware(FastAPI())  # replaces in those classes too, once for each process
+    monkeypatch.setattr(BackgroundTask, "__call__", BackgroundTask.__call__)
+    monkeypatch.setattr(BackgroundTask, "_otel_original_call", None, raising=False)
+    monkeypatch.delattr(BackgroundTask, "_otel_original_call")
+
+    def instrument(app: FastAPI, telemetry: Telemetry) -> None:
+        FastAPIInstrumentor.instrument_app(app, tracer_provider=telemetry.provider, exclude_spans=["receive", "send"])
+
+    return instrument
+
+
+def work() -> None: ...
+
+
+async def async_work() -> None: ...
+
+
+def signup(app: FastAPI) -> None:
+    @app.get("/signup")
+    async def endpoint() -> None:
+        defer(async_work)
+        defer(work)
+
+    @app.get("/sync")
+    def sync_endpoint() -> None:
+        defer(work)
+
+
+@pytest.mark.parametrize("links", [False, True])
+@pytest.mark.parametrize("place", ["inside", "outside"])
+async def test_fastapi_instrumentor(instrumented: Any, place: str, links: bool) -> None:
+    """G5: a task's span belongs to the server span of its request, with FastAPIInstrumentor's middleware inside or outside of ours."""
+    telemetry, app = Telemetry(links=links), FastAPI()
+    signup(app)
+    outermost: Any = app
+    if place == "inside":
+        outermost = DeferredMiddleware(app, telemetry.runner)
+    else:
+        app.add_middleware(DeferredMiddleware, runner=telemetry.runner)
+    instrumented(app, telemetry)
+    async with async_client(outermost) as client:
+        for path in ("/signup", "/sync"):
+            await client.get(path)
+            await telemetry.runner.wait_idle()
+    spans = telemetry.exporter.get_finished_spans()
+    servers = {span.name: span.context for span in spans if span.kind is SpanKind.SERVER}
+    tasks = [span for span in spans if span.kind is not SpanKind.SERVER]
+    assert len(spans) == 5
+    told = [(span.name, span.kind, span.parent, [link.context for link in span.links]) for span in tasks]
+    expected = [("async_work", "GET /signup"), ("work", "GET /signup"), ("work", "GET /sync")]
+    if links:
+        assert told == [(name, SpanKind.CONSUMER, None, [servers[request]]) for name, request in expected]
+    else:
+        assert told == [(name, SpanKind.INTERNAL, servers[request], []) for name, request in expected]
+
+
+async def test_background_tasks_of_an_instrumented_fastapi(instrumented: Any) -> None:
+    """G3: FastAPI's own background tasks are the runner's also if FastAPIInstrumentor has replaced their call after us."""
+    telemetry, app, threads = Telemetry(), FastAPI(), list[str]()
+
+    def remember() -> None:
+        threads.append(threading.current_thread().name)
+
+    @app.get("/injected")
+    async def endpoint(background_tasks: BackgroundTasks) -> None:
+        background_tasks.add_task(remember)
+        background_tasks.add_task(async_work)
+
+    @app.get("/returned")
+    async def another() -> PlainTextResponse:
+        return PlainTextResponse("", background=BackgroundTask(remember))
+
+    wrapped = deferred_fastapi.DeferredMiddleware(app, telemetry.runner)
+    instrumented(app, telemetry)
+    async with async_client(wrapped) as client:
+        await client.get("/injected")
+        await client.get("/returned")
+    assert telemetry.runner.statistics().succeeded == 3
+    assert threads == ["asgi-deferred"] * 2
+    assert telemetry.tree() == [
+        "GET /injected",
+        "GET /injected > async_work",
+        f"GET /injected > {remember.__qualname__}",
+        "GET /returned",
+        "GET /returned > BackgroundTask remember",
+        f"GET /returned > BackgroundTask remember > {remember.__qualname__}",
+    ]
+
+
+celery_app = celery.Celery("jobs", broker="memory://")
+celery_job: Any = celery_app.task(name="jobs.work")(work)
+
+
+def run_next_job() -> None:
+    """Do what a worker of Celery does with a message."""
+    with celery_app.connection_for_read() as connection:
+        message = celery_app.amqp.queues["celery"](connection.default_channel).get(no_ack=True)
+        Request(message, app=celery_app).execute()
+
+
+async def test_celery() -> None:
+    """G5: a job that is sent to Celery goes on with the trace of the request, by Celery's own instrumentation alone."""
+    telemetry = Telemetry()
+    instrumentor = CeleryInstrumentor()  # type: ignore[no-untyped-call]
+    instrumentor.instrument(tracer_provider=telemetry.provider)
+    try:
+        async with telemetry.runner:
+            await telemetry.serve(lambda tasks: tasks.add_task(celery_job))
+        Context().run(run_next_job)
+    finally:
+        instrumentor.uninstrument()
+    assert telemetry.tree() == [
+        "request",
+        "request > jobs.work",
+        "request > jobs.work > apply_async/jobs.work",
+        "request > jobs.work > apply_async/jobs.work > run/jobs.work",
+    ]
+
+
+class Elsewhere(taskiq.InMemoryBroker):
+    """Runs a job outside of the context that sends it, as another process does."""
+
+    async def kick(self, message: taskiq.BrokerMessage) -> None:
+        await asyncio.get_running_loop().create_task(super().kick(message), context=Context())
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_taskiq() -> None:
+    """G5: a job that is sent to taskiq goes on with the trace of the request, by taskiq's own middleware alone."""
+    telemetry = Telemetry()
+    middleware = OpenTelemetryMiddleware(tracer_provider=telemetry.provider)
+    broker = Elsewhere(await_inplace=True).with_middlewares(middleware)
+    job = broker.task(task_name="jobs.work")(async_work)
+    async with telemetry.runner:
+        await telemetry.serve(lambda tasks: tasks.add_task(job))
+    await broker.shutdown()
+    assert telemetry.tree() == [
+        "request",
+        "request > jobs.work",
+        "request > jobs.work > send/jobs.work",
+        "request > jobs.work > send/jobs.work > execute/jobs.work",
+    ]
