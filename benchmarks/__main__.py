@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import counting, growth, processes, profiling, requests, serving, shutdown
+from . import counting, growth, processes, profiling, requests, serving, shutdown, telemetry
 from ._report import RESULTS, heading, progress, save, save_index, summary, table
 
 BENCHMARKS = {
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "memory": serving.memory,
     "growth": growth.growth,
     "lost": shutdown.lost,
+    "telemetry": telemetry.telemetry,
     "import": processes.import_time,
 }
 

@@ -31,6 +31,7 @@ PACKAGES = [
     "httptools",
     "hypercorn",
     "litestar",
+    "opentelemetry-sdk",
     "starlette",
     "trio",
     "uvicorn",
