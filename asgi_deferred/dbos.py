@@ -1,0 +1,234 @@
+"""DBOS: tasks that survive a crash, in an SQLite file or in PostgreSQL, with no broker and no worker process beside.
+
+`options(durable=True)` stores a task before the response. The application's own processes run it. After a crash it
+runs again, whether it was waiting or running. So a task may run more than once: make it idempotent.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial, update_wrapper
+from importlib import import_module
+from inspect import signature
+from itertools import count
+from threading import Lock
+from typing import Any, Generic, ParamSpec, Self, TypeVar
+
+import sqlalchemy as sa
+from anyio import CancelScope, to_thread
+from dbos import DBOS, DBOSClient
+from sqlalchemy import event
+
+__all__ = ["Store", "StoredTask"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# 1. There is one version. DBOS would make it of the source code, and leave the tasks of all other versions alone.
+# 2. A process has a slot, and the slot's number is its name in the store. It holds a lock on the slot, which ends with
+#    the process. So whoever gets a slot's lock knows that its process has ended, and that its tasks may run again.
+# 3. Storing a task ends within 2 * PATIENCE. DBOS itself would try again without end, in a thread of the runner.
+VERSION = "asgi-deferred"
+PATIENCE = 2  # seconds for a connection, and again for a lock
+POLL = 0.25  # seconds from one look for tasks to the next
+OLDEST_SQLITE = (3, 42)  # unixepoch('subsec')
+
+_dbos_is_free = Lock()
+
+
+class StoredTask(Generic[P, R]):
+    """A function whose calls are stored: what `Store.task` returns.
+
+    `add_task` stores a call. To call it is to call the function, as tests do.
+    """
+
+    def __init__(self, store: Store, func: Callable[P, R]) -> None:
+        update_wrapper(self, func)
+        self._store = store
+        self._func = func
+        self._workflow = f"{func.__module__}.{func.__qualname__}"
+        if "<" in self._workflow:
+            raise TypeError(f"{self._workflow} has no name by which another process finds it: move it to its module")
+        DBOS.workflow(name=self._workflow)(func)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function, here and now."""
+        return self._func(*args, **kwargs)
+
+    def __defer_enqueue__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Store a call of the function."""
+        call = signature(self._func).bind(*args, **kwargs)
+        self._store._put(self._workflow, call.args, call.kwargs)
+
+
+class Store:
+    """Where tasks are stored, and the worker that runs them in this process.
+
+    Enter it in the application's lifespan. DBOS exists once in a process, so one store can be entered at a time.
+
+    Args:
+        url: "sqlite:///jobs.sqlite" or "postgresql://user:password@host/database". An SQLite file is for the
+            processes of one machine, and must be on a disk of that machine. Arguments are pickled, not encrypted.
+        name: Of the application: 3 or more of a-z, 0-9, "-" and "_". Applications that share a database need
+            different names.
+        concurrency: How many tasks run at once in this process.
+        drain_timeout: For how many whole seconds a shutdown waits for running tasks. Those that it does not wait
+            for run again after the next start.
+
+    Raises:
+        ValueError: `url` names no file and no database.
+        RuntimeError: Python's SQLite is older than 3.42. From `async with`: another store is entered already.
+
+    Example:
+        ```python
+        store = Store("sqlite:///jobs.sqlite")
+
+        @store.task
+        def send_welcome(email: str) -> None: ...
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            async with store:
+                yield
+        ```
+    """
+
+    def __init__(
+        self, url: str, *, name: str = "asgi-deferred", concurrency: int = 40, drain_timeout: int = 10
+    ) -> None:
+        self._url = sa.make_url(url)
+        if self._url.database in {None, "", ":memory:"}:
+            raise ValueError(f"url={self._url!r} names no file and no database, and memory survives no crash")
+        self._sqlite = _find_sqlite() if self._url.get_backend_name() == "sqlite" else None
+        self._name = name
+        self._concurrency = concurrency
+        self._drain_timeout = drain_timeout
+        self._client: DBOSClient | None = None
+
+    def task(self, func: Callable[P, R]) -> StoredTask[P, R]:
+        """Make a function of a module one whose calls are stored, under the names of the module and the function.
+
+        Calls that are stored when you rename the function wait until the old name is back. An `async def` runs on the
+        application's event loop on asyncio, and elsewhere on a loop of DBOS. An exception ends a call: the logger
+        "dbos" reports it, and the call is not run again.
+
+        Raises:
+            TypeError: It is a lambda or a function inside a function.
+        """
+        return StoredTask(self, func)
+
+    async def __aenter__(self) -> Self:
+        """Start to run what is stored, first of all what a process was running when it was killed."""
+        if not _dbos_is_free.acquire(blocking=False):
+            raise RuntimeError("Another Store is entered, and DBOS exists once in a process: use one Store")
+        with ExitStack() as stack:
+            stack.callback(_dbos_is_free.release)
+            await to_thread.run_sync(self._connect, stack)
+            stack.callback(partial(DBOS.destroy, workflow_completion_timeout_sec=self._drain_timeout))
+            DBOS.launch()  # on the event loop, which DBOS then uses for `async def` tasks
+            await to_thread.run_sync(self._listen)
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop, once the running tasks have ended or `drain_timeout` is over."""
+        self._client = None
+        with CancelScope(shield=True):
+            await to_thread.run_sync(self._exit.close)
+
+    def _connect(self, stack: ExitStack) -> None:
+        self._engine = self._make_engine()
+        stack.callback(self._engine.dispose)
+        self._slot, lock = next((slot, lock) for slot in count() if (lock := self._lock(slot)))
+        stack.enter_context(closing(lock))
+        DBOS(
+            config={
+                "name": self._name,
+                "system_database_url": self._url.render_as_string(hide_password=False),
+                "db_engine_kwargs": {"module": self._sqlite} if self._sqlite else {},
+                "application_version": VERSION,
+                "executor_id": f"{self._slot}",
+                "log_level": "WARNING",
+            }
+        )
+
+    def _make_engine(self) -> sa.Engine:
+        """Return the engine that stores tasks. DBOS has one of its own, and more patience."""
+        if self._sqlite:
+            engine = sa.create_engine(
+                self._url,
+                module=self._sqlite,
+                connect_args={"timeout": PATIENCE, "isolation_level": "IMMEDIATE"},
+                pool_timeout=PATIENCE,
+            )
+            # The default does not sync the folder, so that a power loss can undo the last commit.
+            event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=EXTRA"))
+            return engine
+        return sa.create_engine(
+            self._url.set(drivername="postgresql+psycopg"),
+            connect_args={"connect_timeout": PATIENCE, "options": f"-c statement_timeout={PATIENCE}s"},
+            pool_pre_ping=True,
+            pool_timeout=PATIENCE,
+        )
+
+    def _lock(self, slot: int) -> Any:
+        """Lock a slot until the connection that this returns is closed; return `None` if another process has it."""
+        if self._sqlite:
+            connection = self._sqlite.connect(
+                f"{self._url.database}.slot{slot}", timeout=0, isolation_level=None, check_same_thread=False
+            )
+            try:
+                connection.executescript("PRAGMA journal_mode=MEMORY; BEGIN EXCLUSIVE")
+            except self._sqlite.OperationalError as exc:
+                connection.close()
+                if "locked" in f"{exc}":
+                    return None
+                raise
+            return connection
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection.detach()  # from the pool, which would keep it open
+        if connection.scalar(sa.text("SELECT pg_try_advisory_lock(hashtext(:n), :s)"), {"n": self._name, "s": slot}):
+            return connection
+        connection.close()
+        return None
+
+    def _listen(self) -> None:
+        DBOS.register_queue(self._name, worker_concurrency=self._concurrency, polling_interval_sec=POLL)
+        self._client = DBOSClient(system_database_engine=self._engine, application_name=self._name, lazy=True)
+        running = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
+        for slot in {int(each.executor_id or 0) for each in running} - {self._slot}:
+            # There were more processes once. DBOS takes care of this slot's tasks alone.
+            if lock := self._lock(slot):
+                with closing(lock):
+                    left = [each.workflow_id for each in running if each.executor_id == f"{slot}"]
+                    DBOS.resume_workflows(left, queue_name=self._name)
+
+    def _put(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._client is None:
+            raise RuntimeError("The Store is not entered: write `async with store` in the application's lifespan")
+        with self._engine.begin() as connection:
+            self._client.enqueue_in_transaction(
+                connection,
+                {"queue_name": self._name, "workflow_name": workflow, "app_version": VERSION},
+                *args,
+                **kwargs,
+            )
+
+
+def _find_sqlite() -> Any:
+    """Return Python's own SQLite, or that of pysqlite3 if Python's is too old.
+
+    Raises:
+        RuntimeError: Neither is new enough.
+    """
+    if sqlite3.sqlite_version_info >= OLDEST_SQLITE:
+        return sqlite3
+    try:
+        return import_module("pysqlite3.dbapi2")
+    except ImportError:
+        raise RuntimeError(
+            f"DBOS needs SQLite 3.42 or newer, and this Python was built with {sqlite3.sqlite_version}. "
+            "Install pysqlite3-binary, which brings its own, or use a newer Python, or PostgreSQL."
+        ) from None
