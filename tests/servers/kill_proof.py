@@ -29,8 +29,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -73,23 +73,26 @@ def make_moments(seed: int, kills: int) -> list[Moment]:
 
 
 @dataclass
-class Heard:
-    """What the clients know of their signups."""
+class Record:
+    """What came of one life of the machine, from a start to a kill."""
 
     accepted: list[str] = field(default_factory=list[str])  # answered with 202
     refused: list[str] = field(default_factory=list[str])  # answered with anything else
     unanswered: list[str] = field(default_factory=list[str])  # sent, and the connection broke
+    done: list[str] = field(default_factory=list[str])  # its effects, in order
 
 
 class Verdict(NamedTuple):
-    """What was heard, compared with what was done."""
+    """What clients were told, compared with what was done."""
 
     accepted: int
     refused: int
     unanswered: int
+    survived: int  # accepted, not done when a kill came, and done after it
     lost: list[str]  # accepted and never done
-    repeated: dict[str, int]  # done more than once
-    unpromised: list[str]  # done and not accepted: unanswered or refused, so that the client does not know
+    repeated: dict[str, int]  # how often it was done, of what was done more than once
+    needless: list[str]  # done more than once between a start and a kill
+    unpromised: list[str]  # done and refused or unanswered: the client does not know
     unknown: list[str]  # done and never sent, such as half a line
 
     @property
@@ -97,11 +100,14 @@ class Verdict(NamedTuple):
         return bool(self.accepted) and not self.lost and not self.unknown
 
     def __str__(self) -> str:
+        repeated = [f"{email} ({times} times)" for email, times in self.repeated.items()]
         return "\n".join(
             [
                 f"answered with 202: {self.accepted}, with another status: {self.refused}, not at all: {self.unanswered}",
-                *_named("lost", self.lost),
-                *_named("done more than once", [f"{email} ({times} times)" for email, times in self.repeated.items()]),
+                f"answered with 202, not done when a kill came, and done after it: {self.survived}",
+                *_named("answered with 202 and LOST", self.lost),
+                *_named("done more than once", repeated),
+                *_named("of these, more than once without a kill in between", self.needless),
                 *_named("done without a 202", self.unpromised),
                 *_named("done and never asked for", self.unknown),
             ]
@@ -113,18 +119,26 @@ def _named(what: str, names: Sequence[str]) -> Iterable[str]:
     yield from (f"    {name}" for name in names)
 
 
-def judge(heard: Heard, effects: Sequence[str]) -> Verdict:
-    done = Counter(effects)
-    promised = set(heard.accepted)
-    open_ended = {*heard.refused, *heard.unanswered}
+def judge(records: Sequence[Record]) -> Verdict:
+    accepted: set[str] = set()
+    unpromised: set[str] = set()
+    done: Counter[str] = Counter()
+    waited: set[str] = set()
+    for record in records:
+        accepted.update(record.accepted)
+        unpromised.update(record.refused, record.unanswered)
+        done.update(record.done)
+        waited |= accepted - done.keys()
     return Verdict(
-        len(heard.accepted),
-        len(heard.refused),
-        len(heard.unanswered),
-        lost=[email for email in heard.accepted if email not in done],
+        accepted=len(accepted),
+        refused=sum(len(record.refused) for record in records),
+        unanswered=sum(len(record.unanswered) for record in records),
+        survived=len(waited & done.keys()),
+        lost=sorted(accepted - done.keys()),
         repeated={email: times for email, times in done.items() if times > 1},
-        unpromised=[email for email in done if email in open_ended],
-        unknown=[email for email in done if email not in promised | open_ended],
+        needless=[email for record in records for email, times in Counter(record.done).items() if times > 1],
+        unpromised=sorted(unpromised & done.keys()),
+        unknown=sorted(done.keys() - accepted - unpromised),
     )
 
 
@@ -163,7 +177,8 @@ class Machine:
             self._processes.append(process)
 
     def kill(self) -> None:
-        os.killpg(self._processes[0].pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended of itself, and `check` says so
+            os.killpg(self._processes[0].pid, signal.SIGKILL)
         for process in self._processes:
             process.wait()
         until(lambda: not self._listens(), "the port to be free")  # a worker may die later than its parent
@@ -185,11 +200,11 @@ class Machine:
 
 
 class Life:
-    """One life of the machine: from a start to a kill, with clients that sign up all the time."""
+    """One life of the machine, with clients that sign up all the time."""
 
-    def __init__(self, machine: Machine, heard: Heard, name: str) -> None:
+    def __init__(self, machine: Machine, name: str) -> None:
+        self.record = Record()
         self._machine = machine
-        self._heard = heard
         self._name = name
         self._over = False
         self._sent = 0
@@ -197,34 +212,37 @@ class Life:
         self._done_before = len(machine.done())
 
     async def last_until(self, moment: Moment, seed: int) -> None:
-        self._machine.start()
-        clients = [asyncio.create_task(self._sign_up_on_and_on(number, seed)) for number in range(CLIENTS)]
-        try:
+        with self._living():
+            clients = [asyncio.create_task(self._sign_up_on_and_on(number, seed)) for number in range(CLIENTS)]
             await self._wait_for(lambda: self._happened(moment.what) >= moment.number, str(moment))
             await asyncio.sleep(moment.delay)
-        finally:
-            self._over = True
-            self._machine.kill()
-            await asyncio.gather(*clients)
+        await asyncio.gather(*clients)
 
-    async def last_until_quiet(self, seconds: float) -> None:
-        """Live on until the last signup is done, and then nothing more for a time: longer if something is missing."""
-        self._machine.start()
-        last = f"{self._name}@example.org"
-        try:
-            async with self._client() as client:
-                await self._sign_up(client, last)
-            await self._wait_for(lambda: last in self._machine.done(), "the last signup")
+    async def last_until_quiet(self, seconds: float, is_done: Callable[[Sequence[str]], bool]) -> None:
+        """Live until one more signup is done, and then nothing for some seconds, or for one if all is done."""
+        with self._living():
+            async with asyncio.timeout(DEADLINE), self._client() as client:
+                while not self.record.accepted:
+                    await self._sign_up(client, f"{self._name}.{self._sent}@example.org")
+            await self._wait_for(lambda: self.record.accepted[0] in self._machine.done(), "the last signup")
             before, since = 0, time.monotonic()
-            while time.monotonic() - since < seconds:
+            while (silence := time.monotonic() - since) < seconds:
                 done = self._machine.done()
                 if len(done) != before:
                     before, since = len(done), time.monotonic()
-                if time.monotonic() - since > 1 and not judge(self._heard, done).lost:
+                elif silence > 1 and is_done(done):
                     break
                 await asyncio.sleep(0.05)
+
+    @contextmanager
+    def _living(self) -> Iterator[None]:
+        self._machine.start()
+        try:
+            yield
         finally:
+            self._over = True
             self._machine.kill()
+            self.record.done = self._machine.done()[self._done_before :]
 
     def _happened(self, what: str) -> int:
         if what == "done":
@@ -264,10 +282,10 @@ class Life:
                 await asyncio.sleep(0.01)
                 continue
             except httpx.TransportError:
-                self._heard.unanswered.append(email)
+                self.record.unanswered.append(email)
             else:
                 self._answered += 1
-                (self._heard.accepted if answer.status_code == 202 else self._heard.refused).append(email)
+                (self.record.accepted if answer.status_code == 202 else self.record.refused).append(email)
             return
 
 
@@ -284,24 +302,28 @@ def prove(
 ) -> Verdict:
     """Kill an application so many times, and return what became of its signups."""
     machine = Machine(folder, app, workers, beside)
-    heard = Heard()
+    records: list[Record] = []
 
     async def main() -> None:
-        for life, moment in enumerate(make_moments(seed, kills), 1):
-            before = len(heard.accepted)
-            await Life(machine, heard, f"{life}").last_until(moment, seed)
-            say(f"kill {life}: {moment}; {len(heard.accepted) - before} answered with 202")
-        await Life(machine, heard, "last").last_until_quiet(quiet)
+        for number, moment in enumerate(make_moments(seed, kills), 1):
+            life = Life(machine, str(number))
+            records.append(life.record)
+            await life.last_until(moment, seed)
+            say(f"kill {number}: {moment}; {len(life.record.accepted)} answered with 202")
+        accepted = {email for record in records for email in record.accepted}
+        life = Life(machine, "last")
+        records.append(life.record)
+        await life.last_until_quiet(quiet, accepted.issubset)
 
     asyncio.run(main())
-    return judge(heard, machine.done())
+    return judge(records)
 
 
 def versions() -> str:
     """Name what a figure was measured with."""
 
     def found() -> Iterable[str]:
-        for package in ("dbos", "huey", "fastapi", "uvicorn"):
+        for package in ("dbos", "pysqlite3-binary", "huey", "fastapi", "uvicorn"):
             with suppress(PackageNotFoundError):
                 yield f"{package} {version(package)}"
 
