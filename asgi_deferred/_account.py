@@ -99,7 +99,7 @@ class Account:
                 line._count = line._position = line._unsettled = 0
                 line._ended_at = 0.0 if line._ended else inf
                 line._active = False
-                line._next = line._parked = line._keys = None
+                line._home = line._next = line._parked = line._keys = None
                 line._all = tasks  # last, because it is read without the lock
             if key is not None:
                 if line._keys is None:

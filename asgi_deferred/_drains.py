@@ -103,6 +103,6 @@ def draining() -> bool:
         ```
     """
     tasks = current.get()
-    if tasks is not None and tasks._home is not None:
+    if tasks is not None and tasks._all and tasks._home is not None:
         return tasks._home.draining
     return any(home.draining for each in tuple(schedulers) for home in tuple(each.account.homes.values()))

@@ -35,7 +35,6 @@ class Block:
         self.tasks = DeferredTasks(scheduler, {"type": "lifespan"})
         self.tasks._complete = self.tasks._ended = self.tasks._apart = True
         self.tasks._outcome = without_error("lifespan", complete=True)
-        self.tasks._home = self.home
         self.before = current.get()
 
 

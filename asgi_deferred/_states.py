@@ -137,13 +137,13 @@ class Line:
 
     _all: Any  # a list of tasks; None before the first task
     _loop: Any  # the native event loop of its request
-    _home: Home | None
     _ended: bool  # the request has ended
     _complete: bool  # the response is complete
     _durable: bool  # the list has durable tasks
     _apart: bool  # its tasks run independently, not one after the other
 
     # These are missing until the first task comes.
+    _home: Home | None
     _count: int  # the length of `_all`
     _position: int  # no task before this index is PENDING
     _unsettled: int

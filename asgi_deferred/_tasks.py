@@ -256,7 +256,7 @@ class DeferredTasks(Line):
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._loop = _get_running_loop() or running_loop()
-        self._all = self._home = None
+        self._all = None
         self._ended = self._complete = self._durable = self._apart = False
 
     def add_task(self, func: Callable[P, Any] | EngineTask[P], /, *args: P.args, **kwargs: P.kwargs) -> DeferredTask:

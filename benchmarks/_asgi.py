@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -58,3 +59,38 @@ class PassThrough:
             await send(message)
 
         await self.app(scope, receive, wrapped)
+
+
+class Needed:
+    """The least that the guarantees ask for: a list in a copied scope and in a context variable, and the final message."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        tasks = List(scope)
+
+        def noting(message: Any) -> Any:
+            if message["type"] == "http.response.start":
+                tasks.start = message
+            elif "more_body" not in message:
+                tasks.complete = True
+            return send(message)
+
+        scope = scope.copy()
+        scope["list"] = tasks
+        token = current.set(tasks)
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            current.reset(token)
+
+
+class List:
+    def __init__(self, scope: Any) -> None:
+        self.scope = scope
+        self.tasks = self.start = None
+        self.complete = False
+
+
+current: ContextVar[Any] = ContextVar("current")

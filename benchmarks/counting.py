@@ -18,7 +18,7 @@ from typing import Any
 
 from ._report import Comparison, Result, progress
 
-CONTENDERS = ["bare app", "wraps send", "asgi-background", "ours"]
+CONTENDERS = ["bare app", "wraps send", "the least needed", "asgi-background", "ours"]
 
 
 def instructions(factor: float) -> Result:
@@ -39,6 +39,7 @@ def instructions(factor: float) -> Result:
         [
             Comparison("ours", "wraps send", 2.5, "bare app"),
             Comparison("ours", "asgi-background", 1.6, "bare app"),
+            Comparison("the least needed", "wraps send", None, "bare app"),
         ],
     )
 
@@ -66,13 +67,14 @@ def drive(contender: str, requests: int) -> None:
 
     from asgi_deferred import DeferredMiddleware
 
-    from ._asgi import PassThrough, bare, receive, scope, send
+    from ._asgi import Needed, PassThrough, bare, receive, scope, send
 
     background = BackgroundTaskMiddleware(bare)
     background._tg = True  # type: ignore[assignment]  # stands for its lifespan, which takes no part in a request
     apps: dict[str, Any] = {
         "bare app": bare,
         "wraps send": PassThrough(bare),
+        "the least needed": Needed(bare),
         "asgi-background": background,
         "ours": DeferredMiddleware(bare),
     }

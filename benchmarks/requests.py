@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from asgi_deferred import DeferredMiddleware, Runner, tasks_from
 
-from ._asgi import PassThrough, bare, receive, scope, send
+from ._asgi import Needed, PassThrough, bare, receive, scope, send
 from ._report import Comparison, Result, progress
 
 Call = Callable[[list[dict[str, Any]]], Awaitable[None]]
@@ -149,6 +149,7 @@ async def _no_tasks(rounds: int, what: str) -> dict[str, list[float]]:
     apps = {
         "bare app": bare,
         "wraps send": PassThrough(bare),
+        "the least needed": Needed(bare),
         "asgi-background": BackgroundTaskMiddleware(bare),
         "ours": DeferredMiddleware(bare),
     }
@@ -178,6 +179,7 @@ def no_tasks(factor: float) -> Result:
         [
             Comparison("ours", "wraps send", 2.5, "bare app"),
             Comparison("ours", "asgi-background", 1.6, "bare app"),
+            Comparison("the least needed", "wraps send", None, "bare app"),
         ],
     )
 
