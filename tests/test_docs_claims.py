@@ -60,3 +60,10 @@ def test_links_to_ourselves_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     files = [*SOURCE.findall(text), *(f"docs/{name}.md" for name in BUILT.findall(text))]
     assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_each_example_is_listed() -> None:
+    """The page of examples names each program, and each folder of programs."""
+    examples = {path.name for path in (ROOT / "examples").iterdir() if path.suffix == ".py" or path.is_dir()}
+    listed = re.findall(r"/examples/([^/)]+)\)", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"))
+    assert examples - {"__init__.py", "__pycache__"} - set(listed) == set()
