@@ -23,10 +23,10 @@ def rows(section: str) -> dict[str, str]:
 
 
 def read_by(*files: Path) -> dict[str, str]:
-    """The variables that the files read, and the defaults that are not empty texts."""
+    """The variables that the files read, and the default of each, if any of the files has one."""
     variable = re.compile(r'os\.environ(?:\.get\("(\w+)"(?:, "(.*?)")?|\["(\w+)"\])')
     found = [match for file in files for match in variable.findall(file.read_text(encoding="utf-8"))]
-    return {optional or required: default for optional, default, required in found}
+    return {optional or required: default for optional, default, required in sorted(found)}
 
 
 def test_services_of_the_tests() -> None:
