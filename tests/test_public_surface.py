@@ -56,6 +56,7 @@ HOUSE = [
     "testing",
     "engines",
     "opentelemetry",
+    "monitor",
     "_starlette",
     "_uploads",
     "starlette",
