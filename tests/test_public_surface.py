@@ -57,6 +57,7 @@ HOUSE = [
     "engines",
     "opentelemetry",
     "monitor",
+    "dbos",
     "_starlette",
     "_uploads",
     "starlette",
