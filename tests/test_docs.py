@@ -6,9 +6,11 @@ names a file, such as `# app.py`, is that module. Tests and a `conftest.py` can 
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,17 @@ def shown(part: str, language: str = "python") -> str:
     return code
 
 
+@pytest.fixture
+def logs_stay() -> Iterator[None]:
+    """What a block does to the log ends with it; Litestar sets the root logger to DEBUG."""
+    loggers = [logging.getLogger(), logging.getLogger("asgi_deferred")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
 def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -57,6 +70,7 @@ def test_blocks_are_found(page: Path) -> None:
     assert len(blocks(page, "python")) == len(re.findall(r"^\s*[`~]{3,}\s*(?:\{.*\})?\s*py", text, re.MULTILINE))
 
 
+@pytest.mark.usefixtures("logs_stay")
 @pytest.mark.parametrize(
     ("page", "program"),
     [
