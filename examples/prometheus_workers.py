@@ -42,10 +42,10 @@ def count(event: TaskEvent) -> None:
     if event.state is TaskState.RUNNING:
         return
     task = (event.task.name, event.state.name)
-    ENDED.labels(*task).inc()
-    QUEUE.labels(*task).observe(event.waited)
     if event.duration:  # else it never started
         DURATION.labels(*task).observe(event.duration)
+    QUEUE.labels(*task).observe(event.waited)
+    ENDED.labels(*task).inc()
 
 
 runner = Runner(observers=[count])
