@@ -43,7 +43,8 @@ HEADERS = {
     "allow": "GET, HEAD",
     "cache-control": "no-store",
     "content-security-policy": f"default-src 'none'; style-src 'sha256-{STYLE}'; script-src 'sha256-{SCRIPT}'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
@@ -108,14 +109,10 @@ class Monitor:
             trace = _cut("".join(format_exception(error)), TRACEBACK)
         elif event.state is not TaskState.ABANDONED:
             return
-        heading = f"{strftime('%Y-%m-%d %H:%M:%S %z')}  {_cut(task.request)}\nAdded at {_cut(task.added_at)}"
-        told = {
-            "number": next(self._numbers),
-            "name": _cut(task.name),
-            "error": _cut(brief),
-            "text": f"{heading}\n{trace}",
-        }
-        self._failures.append((event.state.value, perf_counter(), told))
+        when = strftime("%Y-%m-%d %H:%M:%S %z")
+        text = f"{when}  {_cut(task.request)}\nAdded at {_cut(task.added_at)}\n{trace}"
+        failure = {"number": next(self._numbers), "name": _cut(task.name), "error": _cut(brief), "text": text}
+        self._failures.append((event.state.value, perf_counter(), failure))
 
     def _look(self) -> str:
         """Return what there is to see. What took long to collect is good for twenty times as long."""
@@ -127,15 +124,17 @@ class Monitor:
         return self._seen
 
     def _collect(self) -> dict[str, Any]:
-        runner, running, pending, now = self._runner, list[TaskEvent](), dict[str, list[float]](), perf_counter()
+        runner, now = self._runner, perf_counter()
+        running: list[TaskEvent] = []
+        pending: dict[str, list[float]] = {}
         for event in runner.tasks():
             if event.state is TaskState.RUNNING:
                 running.append(event)
             else:
                 pending.setdefault(event.task.name, []).append(event.waited)
         running.sort(key=lambda event: -event.duration)
+        groups = sorted(pending.items(), key=lambda item: -len(item[1]))[:ROWS]
         _, *counts = runner.statistics()._asdict().items()
-        groups = sorted(pending.items(), key=lambda item: -len(item[1]))
         return {
             "id": f"{node()} {getpid()} {self._since}",
             "title": f"Process {getpid()}",
@@ -145,9 +144,7 @@ class Monitor:
             "limits": f"Limits: {runner.max_concurrency:,} run at once, {runner.max_threads:,} of them in threads; "
             f"{runner.max_pending:,} unfinished; {runner.drain_timeout:g} s to drain",
             "running": [_row(event) for event in running[:ROWS]],
-            "pending": [
-                [_cut(name), f"{len(waits):,}", f"for up to {_span(max(waits))}"] for name, waits in groups[:ROWS]
-            ],
+            "pending": [[_cut(name), f"{len(waits):,}", f"for up to {_span(max(waits))}"] for name, waits in groups],
             "failures": [
                 {**told, "when": f"{state} {_span(now - at)} ago"} for state, at, told in self._failures.copy()
             ],
