@@ -110,7 +110,7 @@ class Monitor:
         elif event.state is not TaskState.ABANDONED:
             return
         when = strftime("%Y-%m-%d %H:%M:%S %z")
-        text = f"{when}  {_cut(task.request)}\nAdded at {_cut(task.added_at)}\n{trace}"
+        text = f"{when}  {_cut(task.request)}\nAdded at {_cut(task.added_at)}\n\n{trace}"
         failure = {"number": next(self._numbers), "name": _cut(task.name), "error": _cut(brief), "text": text}
         self._failures.append((event.state.value, perf_counter(), failure))
 
