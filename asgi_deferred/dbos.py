@@ -34,6 +34,7 @@ VERSION = "asgi-deferred"
 PATIENCE = 2  # seconds for a connection, and again for a lock
 POLL = 0.25  # seconds from one look for tasks to the next
 OLDEST_SQLITE = (3, 42)  # unixepoch('subsec')
+QUIET: dict[str, Any] = {"hide_parameters": True}  # in errors: arguments are never logged
 
 _dbos_is_free = Lock()
 
@@ -147,9 +148,10 @@ class Store:
             config={
                 "name": self._name,
                 "system_database_url": self._url.render_as_string(hide_password=False),
-                "db_engine_kwargs": {"module": self._sqlite} if self._sqlite else {},
+                "db_engine_kwargs": QUIET | ({"module": self._sqlite} if self._sqlite else {}),
                 "application_version": VERSION,
                 "executor_id": f"{self._slot}",
+                "notification_listener_polling_interval_sec": POLL,  # which a shutdown waits for
                 "log_level": "WARNING",
             }
         )
@@ -162,6 +164,7 @@ class Store:
                 module=self._sqlite,
                 connect_args={"timeout": PATIENCE, "isolation_level": "IMMEDIATE"},
                 pool_timeout=PATIENCE,
+                **QUIET,
             )
             # The default does not sync the folder, so that a power loss can undo the last commit.
             event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=EXTRA"))
@@ -171,6 +174,7 @@ class Store:
             connect_args={"connect_timeout": PATIENCE, "options": f"-c statement_timeout={PATIENCE}s"},
             pool_pre_ping=True,
             pool_timeout=PATIENCE,
+            **QUIET,
         )
 
     def _lock(self, slot: int) -> Any:

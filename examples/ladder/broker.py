@@ -20,9 +20,11 @@ from taskiq_aio_pika import AioPikaBroker, Queue
 from asgi_deferred import TaskAdder
 from asgi_deferred.fastapi import Deferred, DeferredMiddleware
 
+queue = os.environ.get("QUEUE", "signup")
 broker = AioPikaBroker(
     os.environ.get("BROKER_URL", "amqp://guest:guest@localhost:5672"),
-    task_queues=[Queue(name=os.environ.get("QUEUE", "signup"))],
+    task_queues=[Queue(name=queue)],
+    dead_letter_queue=Queue(name=f"{queue}.dead"),
 )
 
 
