@@ -216,7 +216,6 @@ def _plot(result: Result) -> None:
         _bars(axes, result)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(result.title, fontsize=10, loc="left")
-    figure.savefig(RESULTS / f"{result.name}.png", dpi=110)
     figure.savefig(RESULTS / f"{result.name}.svg", metadata={"Date": None})
     plt.close(figure)
 
