@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from functools import partial
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -217,7 +218,10 @@ class Runner(Settings):
 
         The time counts from the end of the task's request, so an open websocket raises no alarm.
         """
-        return max((event.waited for event in self.tasks() if event.state is TaskState.PENDING), default=0.0)
+        now, unfinished = perf_counter(), self._scheduler.account.unfinished()
+        pending = [(task, task._list) for task in unfinished if task.state is TaskState.PENDING]
+        waits = [now - max(task._added, tasks._ended_at) for task, tasks in pending if tasks is not None]
+        return max([0.0, *waits])
 
     @property
     def running(self) -> list[str]:

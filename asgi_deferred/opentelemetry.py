@@ -16,6 +16,7 @@ from opentelemetry import context, metrics, trace
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode, TracerProvider
 
+from ._functions import name_of, unwrap_partial
 from ._runner import Runner
 from ._states import TaskState
 from ._tasks import DeferredTask, TaskEvent
@@ -36,7 +37,7 @@ def instrument(
     """Trace and count a runner's tasks. Call it once for each runner, before the application serves.
 
     A span has the task's name. Its attributes are `asgi_deferred.task.name`, `.state`, `.queued` (seconds) and
-    `.added_at`, and `error.type` after an error. The metrics are the histograms `asgi_deferred.task.duration` and
+    `.added_at`, `code.function.name`, and `error.type` after an error. The metrics are the histograms `asgi_deferred.task.duration` and
     `asgi_deferred.task.queue.duration` (seconds), the counter `asgi_deferred.tasks.ended`, and two that are observed,
     `asgi_deferred.tasks.unfinished` and `asgi_deferred.tasks.oldest` (seconds).
 
@@ -65,11 +66,17 @@ def instrument(
 
     def start(task: DeferredTask, queued: float) -> Span:
         request = trace.get_current_span().get_span_context()
+        attributes = {
+            NAME: task.name,
+            "asgi_deferred.task.queued": queued,
+            "asgi_deferred.task.added_at": task.added_at,
+            "code.function.name": f"{getattr(unwrap_partial(task.func), '__module__', None)}.{name_of(task.func)}",
+        }
         return tracer.start_span(
             task.name,
             context.Context() if links else None,
             SpanKind.CONSUMER if links else SpanKind.INTERNAL,
-            {NAME: task.name, "asgi_deferred.task.queued": queued, "asgi_deferred.task.added_at": task.added_at},
+            attributes,
             [Link(request)] if links and request.is_valid else None,
         )
 

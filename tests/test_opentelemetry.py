@@ -179,6 +179,8 @@ async def test_every_end(kind: Any, state: str, options: dict[str, Any], error: 
     told = dict(span.attributes or {})
     assert 0 <= told.pop("asgi_deferred.task.queued")  # type: ignore[operator]
     assert told.pop("asgi_deferred.task.added_at") == f"{__file__}:{add.__code__.co_firstlineno + 1}"
+    called = "Task" if kind is as_engine else "task"
+    assert told.pop("code.function.name") == f"{__name__}.{kind.__name__}.<locals>.{called}"
     said = told.pop("error.type", None)
     assert error is None or said == error
     assert told == attributes
