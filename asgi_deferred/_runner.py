@@ -220,7 +220,7 @@ class Runner(Settings):
         """
         now, unfinished = perf_counter(), self._scheduler.account.unfinished()
         pending = [(task, task._list) for task in unfinished if task.state is TaskState.PENDING]
-        waits = [now - max(task._added, tasks._ended_at) for task, tasks in pending if tasks is not None]
+        waits: list[float] = [now - max(task._added, tasks._ended_at) for task, tasks in pending if tasks is not None]
         return max([0.0, *waits])
 
     @property

@@ -37,16 +37,17 @@ def instrument(
     """Trace and count a runner's tasks. Call it once for each runner, before the application serves.
 
     A span has the task's name. Its attributes are `asgi_deferred.task.name`, `.state`, `.queued` (seconds) and
-    `.added_at`, `code.function.name`, and `error.type` after an error. The metrics are the histograms `asgi_deferred.task.duration` and
-    `asgi_deferred.task.queue.duration` (seconds), the counter `asgi_deferred.tasks.ended`, and two that are observed,
-    `asgi_deferred.tasks.unfinished` and `asgi_deferred.tasks.oldest` (seconds).
+    `.added_at`, `code.function.name`, and `error.type` after an error. The metrics are the histograms
+    `asgi_deferred.task.duration` and `asgi_deferred.task.queue.duration` (seconds), the counter
+    `asgi_deferred.tasks.ended`, and two that are observed: `asgi_deferred.tasks.unfinished` and
+    `asgi_deferred.tasks.oldest` (seconds).
 
     Args:
         runner: The runner.
-        tracer_provider: Where spans go; the global one if left out.
-        meter_provider: Where metrics go; the global one if left out.
-        links: Give each task a trace of its own that links to the request's (a CONSUMER span), instead of a child of
-            the request's span (INTERNAL).
+        tracer_provider: Where spans go. The default is the global provider.
+        meter_provider: Where metrics go. The default is the global provider.
+        links: If true, each task has a trace of its own that links to the request's trace (a CONSUMER span). By
+            default its span is a child of the request's span (INTERNAL).
 
     Example:
         ```python
@@ -66,7 +67,7 @@ def instrument(
 
     def start(task: DeferredTask, queued: float) -> Span:
         request = trace.get_current_span().get_span_context()
-        attributes = {
+        attributes: dict[str, str | float] = {
             NAME: task.name,
             "asgi_deferred.task.queued": queued,
             "asgi_deferred.task.added_at": task.added_at,
