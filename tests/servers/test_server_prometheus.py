@@ -1,9 +1,11 @@
-"""The recipe for Prometheus with several workers, under gunicorn with two."""
+"""The recipe for Prometheus with several workers, under gunicorn with two; and the alert rules, in Prometheus itself."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +15,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.metrics import EXAMPLES, Samples, check_names, read
+from tests.metrics import ALERTS, EXAMPLES, Samples, check_names, read
 
 from .harness import DEADLINE, Kind, Server, serve, until
 
 pytestmark = pytest.mark.servers
 
 SETTINGS = ("-c", str(EXAMPLES / "prometheus_gunicorn.py"), "-b", "127.0.0.1:{port}", "--no-control-socket")
+PROMTOOL = shutil.which("promtool")
+UNIT_TESTS = Path(__file__).with_name("prometheus_alerts_test.yml")
 WORKERS = Kind("gunicorn-prometheus", ("gunicorn", "{app}", *SETTINGS), workers=2)
 
 
@@ -107,7 +111,7 @@ def test_both_workers_in_one_scrape(workers: Workers) -> None:
 def test_a_stuck_worker_is_seen(workers: Workers) -> None:
     """G7: while a task blocks a worker's event loop, the other worker's scrape shows that its next task waits longer and longer."""
     stuck = workers.post("/block/gate").json()
-    samples = workers.wait_for(lambda samples: gauge(samples, "oldest_seconds", stuck) > [0], "a task that waits")
+    samples = workers.wait_for(lambda samples: gauge(samples, "oldest_seconds", stuck) > [0.0], "a task that waits")
     first = gauge(samples, "oldest_seconds", stuck)
     samples = workers.wait_for(lambda samples: gauge(samples, "oldest_seconds", stuck) > first, "it to wait longer")
     assert gauge(samples, "unfinished", stuck) == [1, 1]  # PENDING and RUNNING
@@ -132,3 +136,12 @@ def test_queries_name_what_workers_export(workers: Workers) -> None:
     workers.post("/signup/ada")
     workers.wait_for(lambda samples: ended(samples) and pids(samples), "the task and the gauges")
     check_names(workers.metrics())
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed: Debian's package `prometheus` has it")
+@pytest.mark.parametrize("command", [("check", ALERTS), ("test", UNIT_TESTS)], ids=["check", "test"])
+def test_prometheus_takes_the_rules(command: tuple[str, Path]) -> None:
+    """Prometheus reads the rules, and they fire when they should and not before."""
+    verb, file = command
+    run = subprocess.run([str(PROMTOOL), verb, "rules", str(file)], capture_output=True, text=True)
+    assert (run.returncode, "SUCCESS" in run.stdout) == (0, True), run.stdout + run.stderr
