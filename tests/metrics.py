@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ EXPORTED: dict[str, set[str]] = {
     "asgi_deferred_tasks_oldest_seconds": set(),
     "asgi_deferred_tasks_unfinished": {"asgi_deferred_task_state"},
 }
+BOUNDS = {0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, inf}  # of histograms, in seconds
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
@@ -83,7 +85,11 @@ def unknown(query: str, exported: dict[str, set[str]]) -> set[str]:
 
 
 def check_names(scrape: str) -> None:
-    """A scrape has what is documented, and all that the queries name."""
-    exported = ours(read(scrape))
+    """A scrape has what is documented, in buckets of seconds, and all that the queries name."""
+    samples = read(scrape)
+    exported = ours(samples)
     assert exported == EXPORTED
+    for histogram in ("duration", "queue_duration"):
+        buckets = samples[f"asgi_deferred_task_{histogram}_seconds_bucket"]
+        assert {float(labels["le"]) for labels, _ in buckets} == BOUNDS
     assert {title: names for title, query in QUERIES.items() if (names := unknown(query, exported))} == {}
