@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from asgi_deferred.fastapi import Deferred, DeferredMiddleware
 
 queue: Any = huey.SqliteHuey(
-    filename=os.environ["DATABASE_URL"].removeprefix("sqlite:///"),
+    filename=os.environ.get("DATABASE_URL", "sqlite:///jobs.sqlite").removeprefix("sqlite:///"),
     results=False,
     fsync=True,  # what was answered with 202 survives a power cut too
 )
