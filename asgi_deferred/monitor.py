@@ -14,11 +14,12 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
+from importlib.resources import files
 from inspect import isawaitable
 from itertools import count
 from json import dumps
 from os import getpid
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from platform import node
 from time import perf_counter, strftime, thread_time
 from traceback import format_exception, format_exception_only
@@ -34,7 +35,7 @@ __all__ = ["Monitor"]
 ROWS, FAILURES = 50, 20  # of each process
 LONGEST, TRACEBACK = 200, 4000  # characters
 
-PAGE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+PAGE = files("asgi_deferred").joinpath("monitor.html").read_text(encoding="utf-8")
 STYLE, SCRIPT = (
     b64encode(sha256(PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()).decode()
     for tag in ("style", "script")
