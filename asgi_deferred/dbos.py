@@ -8,44 +8,46 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial, update_wrapper
 from importlib import import_module
 from inspect import signature
 from itertools import count
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 import sqlalchemy as sa
 from anyio import CancelScope, to_thread
-from dbos import DBOS, DBOSClient
+from dbos import DBOS, DBOSClient, WorkflowStatus
 from sqlalchemy import event
 
 __all__ = ["Store", "StoredTask"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # 1. There is one version. DBOS would make it of the source code, and leave the tasks of all other versions alone.
 # 2. A process has a slot, and the slot's number is its name in the store. It holds a lock on the slot, which ends with
 #    the process. So whoever gets a slot's lock knows that its process has ended, and that its tasks may run again.
-# 3. Storing a task ends within 2 * PATIENCE. DBOS itself would try again without end, in a thread of the runner.
-VERSION = "asgi-deferred"
-PATIENCE = 2  # seconds for a connection, and again for a lock
-POLL = 0.25  # seconds from one look for tasks to the next
-OLDEST_SQLITE = (3, 42)  # unixepoch('subsec')
-QUIET: dict[str, Any] = {"hide_parameters": True}  # in errors: arguments are never logged
+# 3. Storing a task ends within 2 * _PATIENCE. DBOS itself would try again without end, in a thread of the runner.
+_VERSION = "asgi-deferred"
+_PATIENCE = 2  # seconds for a connection, and again for a lock
+_POLL = 0.25  # seconds from one look for tasks to the next
+_CLEANING = 60  # seconds from one removal of tasks that have ended to the next
+_AT_ONCE = 500  # of them: the file is locked meanwhile
+_OLDEST_SQLITE = (3, 42)  # unixepoch('subsec')
+_QUIET: dict[str, Any] = {"hide_parameters": True}  # in errors: arguments are never logged
 
 _dbos_is_free = Lock()
 
 
-class StoredTask(Generic[P, R]):
+class StoredTask(Generic[_P, _R]):
     """A function whose calls are stored: what `Store.task` returns.
 
     `add_task` stores a call. To call it is to call the function, as tests do.
     """
 
-    def __init__(self, store: Store, func: Callable[P, R]) -> None:
+    def __init__(self, store: Store, func: Callable[_P, _R]) -> None:
         update_wrapper(self, func)
         self._store = store
         self._func = func
@@ -54,11 +56,11 @@ class StoredTask(Generic[P, R]):
             raise TypeError(f"{self._workflow} has no name by which another process finds it: move it to its module")
         DBOS.workflow(name=self._workflow)(func)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call the function, here and now."""
         return self._func(*args, **kwargs)
 
-    def __defer_enqueue__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+    def __defer_enqueue__(self, *args: _P.args, **kwargs: _P.kwargs) -> None:
         """Store a call of the function."""
         call = signature(self._func).bind(*args, **kwargs)
         self._store._put(self._workflow, call.args, call.kwargs)
@@ -108,12 +110,12 @@ class Store:
         self._drain_timeout = drain_timeout
         self._client: DBOSClient | None = None
 
-    def task(self, func: Callable[P, R]) -> StoredTask[P, R]:
+    def task(self, func: Callable[_P, _R]) -> StoredTask[_P, _R]:
         """Make a function of a module one whose calls are stored, under the names of the module and the function.
 
         Calls that are stored when you rename the function wait until the old name is back. An `async def` runs on the
         application's event loop on asyncio, and elsewhere on a loop of DBOS. An exception ends a call: the logger
-        "dbos" reports it, and the call is not run again.
+        "dbos" reports it, the call is not run again, and the store keeps it as an ERROR. What ended well is removed.
 
         Raises:
             TypeError: It is a lambda or a function inside a function.
@@ -130,6 +132,11 @@ class Store:
             stack.callback(partial(DBOS.destroy, workflow_completion_timeout_sec=self._drain_timeout))
             DBOS.launch()  # on the event loop, which DBOS then uses for `async def` tasks
             await to_thread.run_sync(self._listen)
+            closed = Event()
+            cleaner = Thread(target=self._clean, args=(closed,), name="asgi-deferred-dbos", daemon=True)
+            cleaner.start()
+            stack.callback(cleaner.join, _PATIENCE)
+            stack.callback(closed.set)
             self._exit = stack.pop_all()
         return self
 
@@ -148,10 +155,10 @@ class Store:
             config={
                 "name": self._name,
                 "system_database_url": self._url.render_as_string(hide_password=False),
-                "db_engine_kwargs": QUIET | ({"module": self._sqlite} if self._sqlite else {}),
-                "application_version": VERSION,
+                "db_engine_kwargs": _QUIET | ({"module": self._sqlite} if self._sqlite else {}),
+                "application_version": _VERSION,
                 "executor_id": f"{self._slot}",
-                "notification_listener_polling_interval_sec": POLL,  # which a shutdown waits for
+                "notification_listener_polling_interval_sec": _POLL,  # which a shutdown waits for
                 "log_level": "WARNING",
             }
         )
@@ -162,19 +169,23 @@ class Store:
             engine = sa.create_engine(
                 self._url,
                 module=self._sqlite,
-                connect_args={"timeout": PATIENCE, "isolation_level": "IMMEDIATE"},
-                pool_timeout=PATIENCE,
-                **QUIET,
+                connect_args={"timeout": _PATIENCE, "isolation_level": "IMMEDIATE"},
+                pool_timeout=_PATIENCE,
+                **_QUIET,
             )
             # The default does not sync the folder, so that a power loss can undo the last commit.
             event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=EXTRA"))
             return engine
         return sa.create_engine(
             self._url.set(drivername="postgresql+psycopg"),
-            connect_args={"connect_timeout": PATIENCE, "options": f"-c statement_timeout={PATIENCE}s"},
+            connect_args={
+                "connect_timeout": _PATIENCE,
+                "options": f"-c statement_timeout={_PATIENCE}s",
+                "tcp_user_timeout": _PATIENCE * 1000,  # for a machine that is gone and closes no connection
+            },
             pool_pre_ping=True,
-            pool_timeout=PATIENCE,
-            **QUIET,
+            pool_timeout=_PATIENCE,
+            **_QUIET,
         )
 
     def _lock(self, slot: int) -> Any:
@@ -185,7 +196,7 @@ class Store:
             )
             try:
                 connection.executescript("PRAGMA journal_mode=MEMORY; BEGIN EXCLUSIVE")
-            except self._sqlite.OperationalError as exc:
+            except self._sqlite.Error as exc:
                 connection.close()
                 if "locked" in f"{exc}":
                     return None
@@ -199,9 +210,9 @@ class Store:
         return None
 
     def _listen(self) -> None:
-        DBOS.register_queue(self._name, worker_concurrency=self._concurrency, polling_interval_sec=POLL)
+        DBOS.register_queue(self._name, worker_concurrency=self._concurrency, polling_interval_sec=_POLL)
         self._client = DBOSClient(system_database_engine=self._engine, application_name=self._name, lazy=True)
-        running = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
+        running = self._list("PENDING")
         for slot in {int(each.executor_id or 0) for each in running} - {self._slot}:
             # There were more processes once. DBOS takes care of this slot's tasks alone.
             if lock := self._lock(slot):
@@ -209,13 +220,27 @@ class Store:
                     left = [each.workflow_id for each in running if each.executor_id == f"{slot}"]
                     DBOS.resume_workflows(left, queue_name=self._name)
 
+    def _list(self, status: str, limit: int | None = None) -> list[WorkflowStatus]:
+        return DBOS.list_workflows(
+            application_name=self._name, status=status, limit=limit, load_input=False, load_output=False
+        )
+
+    def _clean(self, closed: Event) -> None:
+        """Delete what has ended well. DBOS would keep it for ever, with the arguments."""
+        pause = 0
+        while not closed.wait(pause):
+            pause = _CLEANING
+            with suppress(Exception):  # it tries again, and what is wrong with the store is in DBOS's log
+                while ended := self._list("SUCCESS", _AT_ONCE):
+                    DBOS.delete_workflows([each.workflow_id for each in ended])
+
     def _put(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._client is None:
             raise RuntimeError("The Store is not entered: write `async with store` in the application's lifespan")
         with self._engine.begin() as connection:
             self._client.enqueue_in_transaction(
                 connection,
-                {"queue_name": self._name, "workflow_name": workflow, "app_version": VERSION},
+                {"queue_name": self._name, "workflow_name": workflow, "app_version": _VERSION},
                 *args,
                 **kwargs,
             )
@@ -227,7 +252,7 @@ def _find_sqlite() -> Any:
     Raises:
         RuntimeError: Neither is new enough.
     """
-    if sqlite3.sqlite_version_info >= OLDEST_SQLITE:
+    if sqlite3.sqlite_version_info >= _OLDEST_SQLITE:
         return sqlite3
     try:
         return import_module("pysqlite3.dbapi2")

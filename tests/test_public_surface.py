@@ -55,6 +55,7 @@ HOUSE = [
     *CORE,
     "testing",
     "engines",
+    "dbos",
     "opentelemetry",
     "monitor",
     "dbos",
@@ -68,6 +69,7 @@ HOUSE = [
 ]
 # What a neighbour's import may load of the below.
 LOADS = {
+    "asgi_deferred.dbos": {"dbos", "sqlalchemy"},
     "asgi_deferred.django": {"asgiref", "django", "sqlparse"},
     "asgi_deferred.fastapi": {"fastapi", "pydantic", "starlette"},
     "asgi_deferred.opentelemetry": {"opentelemetry"},
@@ -76,6 +78,7 @@ LOADS = {
 FRAMEWORKS = {
     "asgiref",
     "celery",
+    "dbos",
     "django",
     "dramatiq",
     "fastapi",
@@ -87,6 +90,7 @@ FRAMEWORKS = {
     "pytest",
     "quart",
     "redis",
+    "sqlalchemy",
     "sqlparse",
     "starlette",
     "streaq",

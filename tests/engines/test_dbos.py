@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ async def serve(task: Any, *args: Any, **kwargs: Any) -> Log:
 
     class Note(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.exc_info and record.exc_info[1]:
-                log.append(f"log: {type(record.exc_info[1]).__name__}: {record.exc_info[1]}".splitlines()[0])
+            error = record.exc_info and record.exc_info[1]
+            log.append(f"log: {type(error).__name__}: {error}".splitlines()[0])
 
     logger, note = logging.getLogger("asgi_deferred"), Note()
     logger.addHandler(note)
@@ -186,7 +186,7 @@ def test_refused_in_time(path: Path) -> None:
 
 
 def test_slots(path: Path) -> None:
-    """G11: a task of a process that was killed runs again, also with other code and under another name, unless its own is alive."""
+    """G11: a task of a process that was killed runs again, also with other code and under another name, unless its own is alive; one that has ended is removed."""
 
     async def main() -> None:
         store = open_store(path)
@@ -205,6 +205,8 @@ def test_slots(path: Path) -> None:
         async with store:
             await end()
         assert done == [1, (2, False), 1]
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("SELECT count(*) FROM workflow_status").fetchone() == (1,)
 
     anyio.run(main)
 
@@ -238,9 +240,8 @@ def test_a_shutdown_waits(path: Path) -> None:
     logging.getLogger("dbos").removeHandler(note)
     assert failures == ["ERROR LookupError(1)"]
     assert done == [2]
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         assert sorted(connection.execute("SELECT status FROM workflow_status")) == [("ERROR",), ("SUCCESS",)]
-    connection.close()
 
 
 def test_postgres(path: Path) -> None:
@@ -273,13 +274,15 @@ def test_postgres(path: Path) -> None:
 
 
 def test_what_no_store_can_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would lose tasks is refused where it is written: memory, a function without a name, an SQLite that is too old."""
+    """What would lose tasks is refused where it is written: memory, a function without a name, an SQLite older than 3.42."""
     store = open_store(path)
     with pytest.raises(TypeError, match="has no name by which another process finds it"):
         store.task(lambda: None)
     for url in ("sqlite://", "sqlite:///:memory:", "postgresql://localhost"):
         with pytest.raises(ValueError, match="names no file and no database"):
             open_store(url)
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 42, 0))
+    open_store(path)
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 41, 2))
     monkeypatch.setattr(sqlite3, "sqlite_version", "3.41.2")
     monkeypatch.setitem(sys.modules, "pysqlite3.dbapi2", None)
@@ -287,6 +290,19 @@ def test_what_no_store_can_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         RuntimeError, match=r"needs SQLite 3\.42 or newer, and this Python was built with 3\.41\.2\. Install"
     ):
         open_store(path)
+
+
+def test_a_start_that_fails(path: Path) -> None:
+    """A store that cannot start says why, and leaves nothing behind: another one can."""
+
+    async def main() -> None:
+        path.with_name("other.slot0").write_bytes(b"no database" * 100)
+        with pytest.raises(Exception, match="file is not a database"):
+            await open_store(path.with_name("other")).__aenter__()
+        async with open_store(path):
+            pass
+
+    anyio.run(main)
 
 
 def test_inline(path: Path) -> None:
