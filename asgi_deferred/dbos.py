@@ -212,12 +212,12 @@ class Store:
     def _listen(self) -> None:
         DBOS.register_queue(self._name, worker_concurrency=self._concurrency, polling_interval_sec=_POLL)
         self._client = DBOSClient(system_database_engine=self._engine, application_name=self._name, lazy=True)
-        running = self._list("PENDING")
-        for slot in {int(each.executor_id or 0) for each in running} - {self._slot}:
-            # There were more processes once. DBOS takes care of this slot's tasks alone.
-            if lock := self._lock(slot):
-                with closing(lock):
-                    left = [each.workflow_id for each in running if each.executor_id == f"{slot}"]
+        slots = {each.executor_id or "0" for each in self._list("PENDING")}
+        for slot in slots - {f"{self._slot}"}:
+            # There were more processes once. DBOS itself takes care only of the tasks of its own slot.
+            if lock := self._lock(int(slot)):
+                with closing(lock):  # so ask again: another process may just have resumed them
+                    left = [each.workflow_id for each in self._list("PENDING") if each.executor_id == slot]
                     DBOS.resume_workflows(left, queue_name=self._name)
 
     def _list(self, status: str, limit: int | None = None) -> list[WorkflowStatus]:

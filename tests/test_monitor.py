@@ -185,7 +185,7 @@ async def test_failures() -> None:
         "ConnectionError: card declined",
     ]
     assert f'  File "{__file__}", line ' in failed["text"]
-    assert abandoned["text"].splitlines()[1:] == [f"Added at {line(add, 5)}"]
+    assert abandoned["text"].splitlines()[1:] == [f"Added at {line(add, 5)}", ""]
 
 
 async def test_nothing_of_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

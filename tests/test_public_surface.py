@@ -55,7 +55,6 @@ HOUSE = [
     *CORE,
     "testing",
     "engines",
-    "dbos",
     "opentelemetry",
     "monitor",
     "dbos",
