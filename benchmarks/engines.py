@@ -40,6 +40,8 @@ ENGINES = [
     ("streaq", REDIS),
     ("procrastinate", POSTGRES),
     ("django", POSTGRES),
+    ("dbos", "sqlite:"),  # this one and the next do the jobs too, in the process that is measured
+    ("dbos", POSTGRES),
 ]
 ROUNDS, REQUESTS = 40, 10
 
@@ -91,6 +93,7 @@ def durable() -> None:
             prefix = f"asgi-deferred-{uuid.uuid4().hex[:8]}"
             place = stack.enter_context(tempfile.TemporaryDirectory())
             url = stack.enter_context(database(prefix)) if broker == POSTGRES else broker
+            url = f"sqlite:///{place}/jobs.sqlite" if broker == "sqlite:" else url
             module = f"{LIVE}.on_django_jobs" if engine == "django" else f"{LIVE}.on_{engine}"
             env = {**os.environ, "BROKER_URL": url, "REDIS_URL": REDIS, "PREFIX": prefix, "PLACE": place}
             if engine == "django":

@@ -223,6 +223,11 @@ def test_a_shutdown_waits(path: Path) -> None:
     async def main() -> None:
         store = Store(f"sqlite:///{path}")
         job, failing = store.task(report_at_last), store.task(fail)
+
+        async def close(closed: anyio.Event) -> None:
+            await store.__aexit__()
+            closed.set()
+
         async with anyio.create_task_group() as group:
             await store.__aenter__()
             logging.getLogger("dbos").addHandler(note)
@@ -230,9 +235,12 @@ def test_a_shutdown_waits(path: Path) -> None:
             await end()
             assert await serve(job, 2) == STORED_FIRST
             await end()
-            group.start_soon(store.__aexit__)
+            closed = anyio.Event()
+            group.start_soon(close, closed)
             await anyio.lowlevel.checkpoint()
             assert await serve(job, 3) == refused(NOT_ENTERED)
+            with anyio.move_on_after(0.7):  # which a shutdown that does not wait would take
+                await closed.wait()
             gate.set()
 
     note = Note()

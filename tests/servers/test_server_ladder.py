@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sqlite3
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from subprocess import Popen
 
@@ -25,7 +27,15 @@ WORKERS = {
     "examples.ladder.memory": [],
     SQLITE: [],
     "examples.ladder.broker": ["taskiq", "worker", "examples.ladder.broker:broker", "--workers=1"],
-    "examples.ladder.machines": ["celery", "-A", "examples.ladder.machines:celery", "worker", "--pool=solo"],
+    "examples.ladder.machines": [
+        "celery",
+        "-A",
+        "examples.ladder.machines:celery",
+        "worker",
+        "--pool=solo",
+        "--without-mingle",
+        "--without-gossip",
+    ],
 }
 
 
@@ -132,6 +142,12 @@ def test_the_ladder_is_one_application() -> None:
 def test_two_workers(tmp_path: Path) -> None:
     """G11: of two worker processes one is killed while both run tasks: its tasks run again, and those of the other do not."""
     pipe = Pipe(tmp_path)
+
+    def column(name: str) -> Counter[object]:
+        """Count the values of a column of what DBOS knows of the tasks."""
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as connection:
+            return Counter(value for (value,) in connection.execute(f"SELECT {name} FROM workflow_status"))
+
     with running(SQLITE, tmp_path, "--workers=2", EFFECTS=str(pipe.path)) as server:
         sent: list[str] = []
 
@@ -142,6 +158,8 @@ def test_two_workers(tmp_path: Path) -> None:
 
         wait_until(both_at_work, "both workers to run a task")
         os.kill(pipe.writers().pop(), signal.SIGKILL)
+        by_process = column("executor_id")
+        wait_until(lambda: column("recovery_attempts")[2], "a task to begin again")
         done: list[str] = []
 
         def all_done() -> bool:
@@ -150,6 +168,7 @@ def test_two_workers(tmp_path: Path) -> None:
 
         wait_until(all_done, "all tasks")
         assert sorted(done) == sorted(sent)
+        assert column("recovery_attempts")[2] in by_process.values()
 
 
 def without_privileges() -> tuple[str, ...]:
