@@ -35,6 +35,7 @@ from asgi_deferred import (
     defer,
     tasks_from,
 )
+from asgi_deferred.dbos import Store
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -141,6 +142,13 @@ def audited(when: When, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kw
 
 def enqueued(job: EngineTask[[int]]) -> DeferredTask:
     return current_tasks().add_task(job, 1)
+
+
+def stored(store: Store) -> None:
+    job = store.task(charge)
+    current_tasks().options(durable=True).add_task(job, 1, cents=2)
+    current_tasks().add_task(job, "1", 2)  # type: ignore[arg-type]
+    current_tasks().add_task(job, 1)  # type: ignore[call-arg]
 
 
 def application(app: ASGIApp, observers: list[Observer], around: list[Around]) -> ASGIApp:
