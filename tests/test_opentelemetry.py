@@ -357,13 +357,14 @@ async def test_background_tasks_of_an_instrumented_fastapi(instrumented: Any) ->
 
 
 celery_app = celery.Celery("jobs", broker="memory://")
+celery_app.conf.task_default_queue = "traced"  # the broker is the process's, and other tests have left messages there
 celery_job: Any = celery_app.task(name="jobs.work")(work)
 
 
 def run_next_job() -> None:
     """Do what a worker of Celery does with a message."""
     with celery_app.connection_for_read() as connection:
-        message = celery_app.amqp.queues["celery"](connection.default_channel).get(no_ack=True)
+        message = celery_app.amqp.queues["traced"](connection.default_channel).get(no_ack=True)
         Request(message, app=celery_app).execute()
 
 
