@@ -148,7 +148,7 @@ def stored(store: Store) -> None:
     job = store.task(charge)
     current_tasks().options(durable=True).add_task(job, 1, cents=2)
     current_tasks().add_task(job, "1", 2)  # type: ignore[arg-type]
-    current_tasks().add_task(job, 1)  # type: ignore[call-arg]
+    current_tasks().add_task(job, 1)  # type: ignore[arg-type]
 
 
 def application(app: ASGIApp, observers: list[Observer], around: list[Around]) -> ASGIApp:
