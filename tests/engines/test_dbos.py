@@ -25,7 +25,7 @@ from asgi_deferred.dbos import Store
 from asgi_deferred.testing import inline
 from tests.support import Log, request, responder
 
-from .services import POSTGRES, database, need
+from .services import POSTGRES, database, need, wait_until
 from .test_examples import STORED_FIRST
 
 done: list[Any] = []
@@ -252,6 +252,13 @@ def test_a_shutdown_waits(path: Path) -> None:
         assert sorted(connection.execute("SELECT status FROM workflow_status")) == [("ERROR",), ("SUCCESS",)]
 
 
+def unfinished(url: str) -> int:
+    """How many tasks DBOS has not seen the end of. A thread of its own waits for the database to write it down."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT FROM dbos.workflow_status WHERE status IN ('ENQUEUED', 'PENDING')")
+        return found.rowcount
+
+
 def test_postgres(path: Path) -> None:
     """G11: another URL, and tasks are stored in PostgreSQL: 503 while it is away, 202 once it is back; a slot is a lock there."""
     name = f"asgi-deferred-{uuid.uuid4().hex[:8]}"
@@ -275,6 +282,7 @@ def test_postgres(path: Path) -> None:
             admin.execute(SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(Identifier(name)))
             assert await serve(job, 3) == STORED_FIRST
             await end()
+            await to_thread.run_sync(wait_until, lambda: unfinished(url) == 0, "DBOS to write down the ends")
         assert done == [1, 1, (3, False)]
 
     with database(name) as url, psycopg.connect(need(POSTGRES), dbname="postgres", autocommit=True) as admin:
