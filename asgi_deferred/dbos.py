@@ -1,7 +1,7 @@
-"""DBOS: tasks that survive a crash, in an SQLite file or in PostgreSQL, with no broker and no worker process beside.
+"""DBOS: tasks that survive a crash, in an SQLite file or in PostgreSQL, without a broker or a worker process.
 
-`options(durable=True)` stores a task before the response. The application's own processes run it. After a crash it
-runs again, whether it was waiting or running. So a task may run more than once: make it idempotent.
+`options(durable=True)` stores a task before the response. The application's own processes run it. A task that
+was waiting or running at a crash runs after the next start. So a task may run more than once: make it idempotent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _dbos_is_free = Lock()
 class StoredTask(Generic[_P, _R]):
     """A function whose calls are stored: what `Store.task` returns.
 
-    `add_task` stores a call. To call it is to call the function, as tests do.
+    `add_task` stores a call. If you call the object itself, as tests do, it calls the function.
     """
 
     def __init__(self, store: Store, func: Callable[_P, _R]) -> None:
@@ -74,11 +74,11 @@ class Store:
     Args:
         url: "sqlite:///jobs.sqlite" or "postgresql://user:password@host/database". An SQLite file is for the
             processes of one machine, and must be on a disk of that machine. Arguments are pickled, not encrypted.
-        name: Of the application: 3 or more of a-z, 0-9, "-" and "_". Applications that share a database need
+        name: The application's name: 3 or more of a-z, 0-9, "-" and "_". Applications that share a database need
             different names.
-        concurrency: How many tasks run at once in this process.
-        drain_timeout: For how many whole seconds a shutdown waits for running tasks. Those that it does not wait
-            for run again after the next start.
+        concurrency: How many tasks may run at once in this process.
+        drain_timeout: How many seconds (an `int`) a shutdown waits for running tasks. Tasks that have not ended by
+            then run again after the next start.
 
     Raises:
         ValueError: `url` names no file and no database.
@@ -111,19 +111,20 @@ class Store:
         self._client: DBOSClient | None = None
 
     def task(self, func: Callable[_P, _R]) -> StoredTask[_P, _R]:
-        """Make a function of a module one whose calls are stored, under the names of the module and the function.
+        """Make a function a `StoredTask`: its calls are stored under the names of its module and of the function.
 
-        Calls that are stored when you rename the function wait until the old name is back. An `async def` runs on the
-        application's event loop on asyncio, and elsewhere on a loop of DBOS. An exception ends a call: the logger
-        "dbos" reports it, the call is not run again, and the store keeps it as an ERROR. What ended well is removed.
+        If you rename the function, calls that were stored before wait until the old name is back. An `async def` runs
+        on the application's event loop under asyncio, and on a loop of DBOS under trio. An exception ends a call: the
+        logger "dbos" reports it, the call is not run again, and the store keeps it as an ERROR. Calls that succeeded
+        are removed.
 
         Raises:
-            TypeError: It is a lambda or a function inside a function.
+            TypeError: `func` is a lambda or a function inside a function.
         """
         return StoredTask(self, func)
 
     async def __aenter__(self) -> Self:
-        """Start to run what is stored, first of all what a process was running when it was killed."""
+        """Start to run stored tasks, beginning with those that were running when a process was killed."""
         if not _dbos_is_free.acquire(blocking=False):
             raise RuntimeError("Another Store is entered, and DBOS exists once in a process: use one Store")
         with ExitStack() as stack:

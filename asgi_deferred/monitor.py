@@ -55,13 +55,13 @@ class Monitor:
     """An ASGI application that shows what a runner does, in each process that answers.
 
     Make one for each runner, before the application serves: `app.mount("/deferred", Monitor(runner, allow=is_staff))`.
-    From then on it is one of the runner's observers.
+    From then on the page is one of the runner's observers.
 
     Args:
         runner: The runner that the `DeferredMiddleware` has.
         allow: `(scope) -> bool`, sync or async: whether this request may see the page. It is called for each request,
-            a few times every second, and a sync one must not block. The answer is 403 if it returns anything but
-            `True`. What it raises goes on to the framework.
+            a few times every second, so a sync function must not block. The answer is 403 if it returns anything but
+            `True`. An exception goes on to the framework.
 
     Raises:
         TypeError: `runner` is not a `Runner`, or `allow` cannot be called.

@@ -1,8 +1,8 @@
 """OpenTelemetry: a span for each task that runs, and metrics of all tasks. It needs `opentelemetry-api` alone.
 
-1. A span begins in the task's context when the task starts, so it is a child of the request's span, and what the task
-   calls is below it. It ends with the task, in whichever thread notices that.
-2. A task that never started has no span: it was skipped, cancelled or abandoned while it waited. It is counted.
+1. A span begins in the task's context when the task starts, so it is a child of the request's span, and spans of what
+   the task calls are below it. It ends with the task, in whichever thread notices that.
+2. A task that never started has no span: it was skipped, cancelled or abandoned while it waited. The metrics count it.
 3. Arguments are never recorded. An exception is recorded with its message, as OpenTelemetry's own instrumentations do.
 """
 
@@ -39,7 +39,7 @@ def instrument(
     A span has the task's name. Its attributes are `asgi_deferred.task.name`, `.state`, `.queued` (seconds) and
     `.added_at`, `code.function.name`, and `error.type` after an error. The metrics are the histograms
     `asgi_deferred.task.duration` and `asgi_deferred.task.queue.duration` (seconds), the counter
-    `asgi_deferred.tasks.ended`, and two that are observed: `asgi_deferred.tasks.unfinished` and
+    `asgi_deferred.tasks.ended`, and two observed metrics: `asgi_deferred.tasks.unfinished` and
     `asgi_deferred.tasks.oldest` (seconds).
 
     Args:
