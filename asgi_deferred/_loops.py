@@ -114,6 +114,7 @@ class AsyncioLoop:
                 await awaitable
         except TimeoutError as exc:
             if scope.expired() and isinstance(exc.__cause__, asyncio.CancelledError):
+                exc.__traceback__ = None  # or a cycle: it leads to the native task, whose context has our task
                 raise TimeUp from exc.__cause__
             raise
         finally:

@@ -234,6 +234,31 @@ async def test_an_ended_task_holds_nothing(function: Any, timeout: float | None,
                     await anyio.sleep(0.001)
 
 
+@pytest.mark.usefixtures("no_capture")
+async def test_a_timed_out_task_holds_nothing(anyio_backend: Any) -> None:
+    """G6: reference counts alone free a task that timed out, where its own frames hold no handle of the event loop."""
+    if anyio_backend[0] == "trio":
+        pytest.skip("the traceback of trio's cancellation leads to trio's task, and so to the context")
+    runner, refs = Runner(), list[weakref.ref[Any]]()
+
+    async def wait(big: Big) -> None:
+        await anyio.Event().wait()
+
+    def add(tasks: DeferredTasks) -> None:
+        big = Big()
+        task = tasks.options(timeout=0.01).add_task(wait, big)
+        refs.extend([weakref.ref(big), weakref.ref(task)])
+
+    async with runner:
+        with collector_off():
+            await DeferredMiddleware(responder(add), runner)(http_scope(), no_more_messages, Log().send)
+            await runner.wait_idle()
+            with anyio.fail_after(10):
+                while any(ref() is not None for ref in refs):
+                    await anyio.sleep(0.001)
+    assert runner.statistics().timed_out == 1
+
+
 @pytest.mark.parametrize("defers", [True, False])
 async def test_a_failed_request_holds_nothing(defers: bool) -> None:
     """G6: the frames of a failed request are free once its tasks have ended, and at once if it had none."""
