@@ -19,7 +19,11 @@ def name_of(func: Any) -> str:
     if type(func) is FunctionType:
         return func.__qualname__
     func = unwrap_partial(func)
-    return getattr(func, "__qualname__", None) or type(func).__qualname__
+    try:
+        name = getattr(func, "__qualname__", None)
+    except Exception:  # a proxy may raise or return anything, and a report must not fail for that
+        name = None
+    return name if name and isinstance(name, str) else type(func).__qualname__
 
 
 def is_async(func: Any) -> bool:

@@ -178,3 +178,31 @@ async def test_fields(caplog: pytest.LogCaptureFixture) -> None:
         },
     ]
     assert "hunter" not in repr([vars(record) for record in caplog.records])
+
+
+class Proxy:
+    """A function of another machine: whatever attribute is asked for is found, or cannot be asked for now."""
+
+    def __init__(self, name: object) -> None:
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        if attribute == "__qualname__" and self.name is None:
+            raise RuntimeError("not connected")
+        return self.name
+
+    def __call__(self) -> None:
+        raise ValueError
+
+
+@pytest.mark.parametrize("name", [None, 7, ""])
+async def test_a_callable_without_a_name(name: object, caplog: pytest.LogCaptureFixture) -> None:
+    """G2, G3: a callable whose name is no text, or cannot be asked for, goes by its type's, and its list goes on."""
+    log, runner = Log(), Runner()
+    app = responder(lambda tasks: [tasks.add_task(Proxy(name)), tasks.add_task(log.note, "next")])
+    async with runner:
+        await request(DeferredMiddleware(app, runner), Log())
+        await runner.wait_idle()
+    assert log == ["next"]
+    (line,) = caplog.messages
+    assert line.startswith("Failed: deferred task 'Proxy', added at ")
