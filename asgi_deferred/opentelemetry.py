@@ -83,12 +83,14 @@ def instrument(
 
     def end(span: Span, state: TaskState, error: BaseException | None) -> None:
         span.set_attribute(STATE, state.name)
-        if error is not None:
-            span.record_exception(error)
-            span.set_attribute("error.type", type(error).__qualname__)
         if state is not TaskState.SUCCEEDED:
             span.set_status(StatusCode.ERROR, state.value)
-        span.end()
+        try:
+            if error is not None:
+                span.set_attribute("error.type", type(error).__qualname__)
+                span.record_exception(error)  # which asks the error for its message, and that may raise
+        finally:
+            span.end()
 
     def observe(event: TaskEvent) -> None:
         task, state = event.task, event.state

@@ -205,6 +205,24 @@ async def test_links() -> None:
         assert (span.parent, span.kind) == (None, SpanKind.CONSUMER)
 
 
+async def test_an_error_without_a_message() -> None:
+    """G2: the span of a task ends also if the task's error cannot say what it is."""
+    telemetry = Telemetry()
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise LookupError
+
+    async def fails() -> None:
+        raise Mute
+
+    async with telemetry.runner:
+        await telemetry.serve(lambda tasks: tasks.add_task(fails))
+    (span,) = telemetry.spans()
+    assert span.status.status_code is StatusCode.ERROR
+    assert (span.attributes or {})["error.type"] == Mute.__qualname__
+
+
 async def test_unfinished() -> None:
     """G7: what waits and what runs is observed, and for how long the oldest has waited."""
     telemetry, started, go = Telemetry(), anyio.Event(), anyio.Event()
