@@ -106,7 +106,9 @@ class Monitor:
     def _note(self, event: TaskEvent) -> None:
         task, error, brief, trace = event.task, event.error, "", ""
         if error is not None:
-            brief = format_exception_only(error)[0].partition("\n")[0].removeprefix(f"{type(error).__module__}.")
+            # A SyntaxError shows its lines of code first.
+            brief = next(each for each in format_exception_only(error) if not each.startswith(" "))
+            brief = brief.partition("\n")[0].removeprefix(f"{type(error).__module__}.")
             trace = _cut("".join(format_exception(error)), TRACEBACK)
         elif event.state is not TaskState.ABANDONED:
             return

@@ -188,6 +188,33 @@ async def test_failures() -> None:
     assert abandoned["text"].splitlines()[1:] == [f"Added at {line(add, 5)}", ""]
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    ("error", "brief"),
+    [
+        (SyntaxError("no end", ("page.html", 1, 1, "{% if", 1, 2)), "SyntaxError: no end"),
+        (Mute(), "Mute: <exception str() failed>"),
+        (OSError("\ud800"), "OSError: \ud800"),
+        (ValueError("\n"), "ValueError: "),
+    ],
+)
+async def test_what_an_error_says(error: Exception, brief: str) -> None:
+    """Of each failure the page says what was raised, whatever that shows of itself."""
+    runner = Runner()
+    monitor = Monitor(runner, allow=everybody)
+
+    async def fails() -> None:
+        raise error
+
+    async with runner:
+        await defer(runner, lambda tasks: tasks.add_task(fails))
+    assert [each["error"] for each in (await look(monitor))["failures"]] == [brief]
+
+
 async def test_nothing_of_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """G6: a task that failed, its argument and its exception are free at once, though the page shows it."""
     monkeypatch.setattr(logging.getLogger("asgi_deferred"), "disabled", True)  # pytest keeps what is logged
