@@ -72,6 +72,8 @@ class Moving:
         if scope["type"] == "lifespan" or not isinstance(tasks, DeferredTasks) or (outer and outer.tasks is tasks):
             await self.app(scope, receive, send)
             return
+        if not _is_replaced(BackgroundTask.__call__):  # a tracing tool has put back what it had found before us
+            _replace_calls(BackgroundTask)
         request = Request(tasks, scope, detached=self.detached)
         token = moving.set(request)
         try:
@@ -300,6 +302,11 @@ def install() -> None:
     for cls, name, value in replaced:
         setattr(cls, name, value)
     _replace_calls(BackgroundTask)
+
+
+def _is_replaced(call: Any) -> bool:
+    """Whether it is ours, or not Starlette's own: a tracing tool's wrapper, which calls ours."""
+    return hasattr(call, _ORIGIN) or call.__module__ not in _PLAIN
 
 
 def _replace_calls(cls: type[BackgroundTask]) -> None:

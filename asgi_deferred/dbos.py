@@ -7,19 +7,24 @@ was waiting or running at a crash runs after the next start. So a task may run m
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import ExitStack, closing, suppress
-from functools import partial, update_wrapper
+from functools import partial, update_wrapper, wraps
 from importlib import import_module
-from inspect import signature
+from inspect import iscoroutinefunction, signature
 from itertools import count
+from pickle import dumps
 from threading import Event, Lock, Thread
+from types import FunctionType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 import sqlalchemy as sa
 from anyio import CancelScope, to_thread
 from dbos import DBOS, DBOSClient, WorkflowStatus
 from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError
+
+from ._tasks import check_count
 
 __all__ = ["Store", "StoredTask"]
 
@@ -51,10 +56,11 @@ class StoredTask(Generic[_P, _R]):
         update_wrapper(self, func)
         self._store = store
         self._func = func
-        self._workflow = f"{func.__module__}.{func.__qualname__}"
-        if "<" in self._workflow:
+        named = isinstance(func, FunctionType)
+        self._workflow = f"{func.__module__}.{func.__qualname__}" if named else repr(func)
+        if not named or "<" in self._workflow:
             raise TypeError(f"{self._workflow} has no name by which another process finds it: move it to its module")
-        DBOS.workflow(name=self._workflow)(func)
+        DBOS.workflow(name=self._workflow)(_without_result(func))
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call the function, here and now."""
@@ -81,7 +87,7 @@ class Store:
             then run again after the next start.
 
     Raises:
-        ValueError: `url` names no file and no database.
+        ValueError: `url` names no file and no database, or `concurrency` is not above 0.
         RuntimeError: Python's SQLite is older than 3.42. From `async with`: another store is entered already.
 
     Example:
@@ -101,7 +107,13 @@ class Store:
     def __init__(
         self, url: str, *, name: str = "asgi-deferred", concurrency: int = 40, drain_timeout: int = 10
     ) -> None:
-        self._url = sa.make_url(url)
+        try:
+            self._url = sa.make_url(url)
+        except ArgumentError:
+            raise ValueError("url is not like sqlite:///jobs.sqlite") from None
+        if self._url.get_backend_name() not in {"sqlite", "postgresql", "postgres"}:
+            raise ValueError(f"url={self._url!r} is not a database of SQLite or PostgreSQL")
+        check_count("concurrency", concurrency)
         if self._url.database in {None, "", ":memory:"}:
             raise ValueError(f"url={self._url!r} names no file and no database, and memory survives no crash")
         self._sqlite = _find_sqlite() if self._url.get_backend_name() == "sqlite" else None
@@ -116,10 +128,10 @@ class Store:
         If you rename the function, calls that were stored before wait until the old name is back. An `async def` runs
         on the application's event loop under asyncio, and on a loop of DBOS under trio. An exception ends a call: the
         logger "dbos" reports it, the call is not run again, and the store keeps it as an ERROR. Calls that succeeded
-        are removed.
+        are removed. The result is dropped.
 
         Raises:
-            TypeError: `func` is a lambda or a function inside a function.
+            TypeError: It is a lambda, a function inside a function, or not a function, such as a bound method.
         """
         return StoredTask(self, func)
 
@@ -238,6 +250,7 @@ class Store:
     def _put(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._client is None:
             raise RuntimeError("The Store is not entered: write `async with store` in the application's lifespan")
+        dumps((args, kwargs))  # raises now what DBOS would raise after it has logged the arguments
         with self._engine.begin() as connection:
             self._client.enqueue_in_transaction(
                 connection,
@@ -245,6 +258,22 @@ class Store:
                 *args,
                 **kwargs,
             )
+
+
+def _without_result(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Drop what a function returns. DBOS would store it, and fail the task where that cannot be pickled."""
+
+    @wraps(func)
+    def call(*args: Any, **kwargs: Any) -> None:
+        returned = func(*args, **kwargs)
+        if isinstance(returned, Awaitable | AsyncGenerator | Generator):
+            raise TypeError(f"It returned a {type(returned).__name__}, which nobody runs: make it an `async def`")
+
+    @wraps(func)
+    async def call_async(*args: Any, **kwargs: Any) -> None:
+        await func(*args, **kwargs)
+
+    return call_async if iscoroutinefunction(func) else call
 
 
 def _find_sqlite() -> Any:

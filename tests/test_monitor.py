@@ -201,6 +201,7 @@ class Mute(Exception):
         (OSError("\ud800"), "OSError: \ud800"),
         (ValueError("\n"), "ValueError: "),
     ],
+    ids=["no file", "no text", "no characters", "no line"],
 )
 async def test_what_an_error_says(error: Exception, brief: str) -> None:
     """Of each failure the page says what was raised, whatever that shows of itself."""

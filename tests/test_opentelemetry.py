@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable
@@ -372,6 +373,27 @@ async def test_background_tasks_of_an_instrumented_fastapi(instrumented: Any) ->
         "GET /returned > BackgroundTask remember",
         f"GET /returned > BackgroundTask remember > {remember.__qualname__}",
     ]
+
+
+async def test_background_tasks_of_an_uninstrumented_fastapi(
+    instrumented: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G3: FastAPI's own background tasks stay the runner's if FastAPIInstrumentor puts back the call it found before us."""
+    telemetry, app = Telemetry(), FastAPI()
+
+    @app.get("/returned")
+    async def endpoint() -> PlainTextResponse:
+        return PlainTextResponse("", background=BackgroundTask(work))
+
+    wrapped = deferred_fastapi.DeferredMiddleware(app, telemetry.runner)
+    ours = BackgroundTask.__call__
+    monkeypatch.setattr(BackgroundTask, "__call__", inspect.unwrap(ours))  # as it was before us
+    instrumented(app, telemetry)
+    FastAPIInstrumentor.uninstrument_app(app)
+    assert BackgroundTask.__call__ is not ours
+    async with async_client(wrapped) as client:
+        await client.get("/returned")
+    assert telemetry.runner.statistics().succeeded == 1
 
 
 celery_app = celery.Celery("jobs", broker="memory://")

@@ -92,6 +92,20 @@ def end_the_process(user: int) -> None:
 def new_code() -> None: ...
 
 
+def give_back(user: int) -> object:
+    done.append(user)
+    ended.release()
+    return threading.Lock()
+
+
+async def give_back_async(user: int) -> object:
+    return give_back(user)
+
+
+def yield_later(user: int) -> Iterator[int]:
+    yield user
+
+
 def fail(user: int) -> None:
     raise LookupError(user)
 
@@ -183,6 +197,38 @@ def test_refused_in_time(path: Path) -> None:
             assert done == [(0, False), (3, False)]
 
     anyio.run(main)
+
+
+def test_what_cannot_be_pickled(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """G3: an argument that cannot be pickled is a 503, and no log shows it; a result that cannot be is dropped, unless it is work that has not run."""
+
+    async def main() -> None:
+        store = Store(f"sqlite:///{path}")
+        job = store.task(report)
+        async with store:
+            logging.getLogger("dbos").addHandler(caplog.handler)
+            assert await serve(job, ["hunter2", threading.Lock()]) == refused(
+                "TypeError: cannot pickle '_thread.lock' object"
+            )
+            assert "hunter2" not in caplog.text.replace('["hunter2", threading.Lock()]', "")  # but for the line of code
+            caplog.clear()
+            for each in (store.task(give_back), store.task(give_back_async)):
+                assert await serve(each, 1) == STORED_FIRST
+                await end()
+            assert await serve(store.task(yield_later), 1) == STORED_FIRST
+            with anyio.fail_after(20):
+                while not caplog.records:
+                    await anyio.sleep(0.01)
+
+    try:
+        anyio.run(main)
+    finally:
+        logging.getLogger("dbos").removeHandler(caplog.handler)
+    assert done == [1, 1]
+    (failed,) = [each.exc_info[1] for each in caplog.records if each.exc_info]
+    assert repr(failed) == "TypeError('It returned a generator, which nobody runs: make it an `async def`')"
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM workflow_status WHERE status = 'ERROR'").fetchone() == (1,)
 
 
 def test_slots(path: Path) -> None:
@@ -294,6 +340,15 @@ def test_what_no_store_can_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     store = open_store(path)
     with pytest.raises(TypeError, match="has no name by which another process finds it"):
         store.task(lambda: None)
+    for func in (path.exists, print, store.task(report), 5):
+        with pytest.raises(TypeError, match="has no name by which another process finds it"):
+            store.task(func)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^url is not like sqlite:///jobs\.sqlite$"):
+        Store("jobs.sqlite")
+    with pytest.raises(ValueError, match=r"^url=redis://me:\*\*\*@host/0 is not a database of SQLite or PostgreSQL$"):
+        open_store("redis://me:secret@host/0")
+    with pytest.raises(ValueError, match=r"^concurrency=0 must be more than 0"):
+        Store("sqlite:///jobs.sqlite", concurrency=0)
     for url in ("sqlite://", "sqlite:///:memory:", "postgresql://localhost"):
         with pytest.raises(ValueError, match="names no file and no database"):
             open_store(url)
