@@ -45,7 +45,8 @@ def instrument(
     Args:
         runner: The runner.
         tracer_provider: Where spans go. The default is the global provider.
-        meter_provider: Where metrics go. The default is the global provider.
+        meter_provider: Where metrics go. The default is the global provider. Of two runners with one provider, only
+            the first is observed, so give each its own.
         links: If true, each task has a trace of its own that links to the request's trace (a CONSUMER span). By
             default its span is a child of the request's span (INTERNAL).
 

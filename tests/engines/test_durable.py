@@ -816,7 +816,7 @@ async def test_enqueueing_ends_with_the_drain(kind: tuple[Any, Any]) -> None:
     """G8: an engine that hangs at shutdown holds it up for `drain_timeout` alone, and its task is ABANDONED."""
     log, go, stuck = Wire(), threading.Event(), threading.Event()
     hang = go.wait if kind[0] is BlockingEngine else anyio.sleep_forever
-    runner = Runner(max_concurrency=1, drain_timeout=0.05, observers=[log])
+    runner = Runner(max_concurrency=1, drain_timeout=0.3, observers=[log])
 
     def add(tasks: DeferredTasks) -> None:
         tasks.options(name="stuck").add_task(stuck.wait)
