@@ -102,7 +102,7 @@ def draining() -> bool:
                 index(document)
         ```
     """
-    tasks = current.get()
-    if tasks is not None and tasks._all and tasks._home is not None:
-        return tasks._home.draining
+    home: Home | None = getattr(current.get(), "_home", None)  # a list has none before its first task
+    if home is not None:
+        return home.draining
     return any(home.draining for each in tuple(schedulers) for home in tuple(each.account.homes.values()))

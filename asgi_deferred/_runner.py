@@ -36,6 +36,7 @@ class Block:
         self.tasks = DeferredTasks(scheduler, {"type": "lifespan"})
         self.tasks._complete = self.tasks._ended = self.tasks._apart = True
         self.tasks._outcome = without_error("lifespan", complete=True)
+        self.tasks._home = self.home  # so that `draining` speaks of this runner before the first task, too
         self.before = current.get()
 
 

@@ -197,6 +197,17 @@ def no_tasks_loops(factor: float) -> Result:
     return Result("no-tasks-loops", title, IN_PROCESS, method(rounds, 500), samples, comparisons)
 
 
+def deferring(ended: Ended) -> Any:
+    """Make the application that defers the task."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            tasks_from(scope).add_task(ended.task)
+        await bare(scope, receive, send)
+
+    return app
+
+
 def raw_apps(ended: Ended) -> dict[str, Any]:
     """The two libraries that take any ASGI application."""
 
@@ -205,12 +216,7 @@ def raw_apps(ended: Ended) -> dict[str, Any]:
             await BackgroundTasks(scope).add_task(ended.task)
         await bare(scope, receive, send)
 
-    async def ours(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            tasks_from(scope).add_task(ended.task)
-        await bare(scope, receive, send)
-
-    return {"asgi-background": BackgroundTaskMiddleware(asgi_background), "ours": DeferredMiddleware(ours)}
+    return {"asgi-background": BackgroundTaskMiddleware(asgi_background), "ours": DeferredMiddleware(deferring(ended))}
 
 
 @asynccontextmanager

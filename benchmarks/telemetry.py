@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import anyio
 from opentelemetry.sdk.metrics import MeterProvider
@@ -11,12 +10,11 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
-from asgi_deferred import DeferredMiddleware, Runner, tasks_from
+from asgi_deferred import DeferredMiddleware, Runner
 from asgi_deferred.opentelemetry import instrument
 
-from ._asgi import bare
 from ._report import Comparison, Result
-from .requests import IN_PROCESS, Ended, interleave, method, started, to_its_end
+from .requests import IN_PROCESS, Ended, deferring, interleave, method, started, to_its_end
 
 
 class Nowhere(SpanExporter):
@@ -28,12 +26,7 @@ class Nowhere(SpanExporter):
 
 async def _telemetry(rounds: int) -> dict[str, list[float]]:
     ended = Ended()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            tasks_from(scope).add_task(ended.task)
-        await bare(scope, receive, send)
-
+    app = deferring(ended)
     spans, metrics = TracerProvider(), MeterProvider([InMemoryMetricReader()])
     spans.add_span_processor(BatchSpanProcessor(Nowhere()))
     runners = {"without": Runner(), "API alone": Runner(), "spans and metrics": Runner()}

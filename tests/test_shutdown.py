@@ -345,6 +345,27 @@ def test_a_run_that_ends_at_any_iteration(live: bool, backend: str) -> None:
 # Met early, and held
 
 
+async def test_draining_is_of_the_runner_that_was_entered() -> None:
+    """G8: inside a runner's block `draining()` is false while another runner drains, before the first task as well."""
+    began, finish = anyio.Event(), anyio.Event()
+
+    async def task() -> None:
+        while not draining():
+            await anyio.sleep(0.001)
+        began.set()
+        await finish.wait()
+
+    async def other() -> None:
+        async with Runner():
+            defer(task)
+
+    async with Runner(), anyio.create_task_group() as group:
+        group.start_soon(other)
+        await began.wait()
+        assert not draining()
+        finish.set()
+
+
 @pytest.mark.parametrize("live", [True, False])
 async def test_draining_ends_a_loop_early(live: bool) -> None:
     """G8: `draining()` tells an async task and a thread that the shutdown, or the call's cancellation, has begun."""
