@@ -347,9 +347,10 @@ def test_a_run_that_ends_at_any_iteration(live: bool, backend: str) -> None:
 
 async def test_draining_is_of_the_runner_that_was_entered() -> None:
     """G8: inside a runner's block `draining()` is false while another runner drains, before the first task as well."""
-    began, finish = anyio.Event(), anyio.Event()
+    started, began, finish = anyio.Event(), anyio.Event(), anyio.Event()
 
     async def task() -> None:
+        started.set()
         while not draining():
             await anyio.sleep(0.001)
         began.set()
@@ -358,6 +359,7 @@ async def test_draining_is_of_the_runner_that_was_entered() -> None:
     async def other() -> None:
         async with Runner():
             defer(task)
+            await started.wait()
 
     async with Runner(), anyio.create_task_group() as group:
         group.start_soon(other)
