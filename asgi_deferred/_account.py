@@ -16,7 +16,7 @@
    the GIL and without:
    - `state` and `_ended`: the code that follows checks again under the lock, or is right for any value;
    - `first` of a queue: whoever adds to a queue looks for its turn afterwards;
-   - `unsettled`: a waiter reads it after it has added itself to the waiters;
+   - `lines` and `unsettled`: a waiter reads them after it has added itself to the waiters;
    - `waiting` of the waiters: it is read after the count has changed;
    - the limit: one task too many or too few does no harm;
    - `closed` and `draining`: they are flags, and a caller that reads one too early could have come earlier;
@@ -66,9 +66,7 @@ class Account:
         self.pending = 0
         self.active = 0  # RUNNING
         self.ended = dict.fromkeys(TaskState, 0)  # by final state
-        self.unsettled = 0
         self.lines: dict[Line, None] = {}  # those with unsettled tasks
-        self.running: dict[Any, Any] = {}  # tasks that run or are about to, each with its run
         self.announcing: dict[Any, None] = {}  # tasks whose start is being reported
         self.due = Queue()
         self.parked = Queue()  # tasks that came before those in `due`, and lack only a thread
@@ -80,46 +78,63 @@ class Account:
 
     # A task is accepted
 
-    def accept(self, task: Any, limit: int | None, rival: Any, seen: tuple[Any, ...]) -> tuple[Answer, bool]:
-        """Enter a task, and cancel `rival`, a PENDING task with the same key; return whether a rival was cancelled.
+    def accept(
+        self,
+        task: Any,
+        limit: int | None,
+        rival: Any = None,
+        seen: tuple[Any, ...] | None = None,
+        keys: dict[int, Any] | None = None,
+    ) -> tuple[Answer, bool]:
+        """Enter a task, and return whether its rival was cancelled.
 
-        `seen` has the tasks whose keys had the same hash when the caller looked for the rival.
+        If the task has a key, `rival`, `seen` and `keys` are from the method `rival`. A rival that is PENDING is
+        cancelled, and the caller reports its end.
         """
         line: Line = task._list
         live = self.homes.get(line._loop)
-        tasks: list[Any] = []
-        one = (task,)
-        keys: dict[int, tuple[Any, ...]] = {}
-        key, replaces = task._hash, False
-        bucket = one if key is None else (*(other for other in seen if other is not rival), task)
+        tasks = [task]
         before: Home | None = None  # the home that the list leaves
-        answer = WAITS
+        answer, replaces = WAITS, False
         with self.lock:
-            if line._all is None:
-                line._count = line._position = line._unsettled = 0
-                line._ended_at = 0.0 if line._ended else inf
-                line._active = False
-                line._home = line._next = line._parked = line._keys = None
-                line._all = tasks  # last, because it is read without the lock
-            if key is not None:
-                if line._keys is None:
-                    line._keys = keys
-                keys = line._keys
-                if (keys[key] if key in keys else ()) is not seen:  # noqa: SIM401
+            if seen is not None:
+                known = None if line._all is None else line._keys
+                if (() if known is None or task._hash not in known else known[task._hash]) is not seen:
                     return AGAIN, False
                 replaces = rival is not None and rival.state is PENDING
             if limit is not None and self.pending + self.active - replaces >= limit:
                 return Answer.FULL, False
-            line._all += one
-            line._count += 1
-            ended = line._ended  # read after the task is in: a request without tasks ends without taking the lock
+            # The task is in its list before `_ended` is read: a request without tasks ends without taking the lock.
+            if line._all is None:
+                line._count = 1
+                line._position = line._unsettled = 0
+                line._ended_at = inf
+                line._active = False
+                line._home = live
+                line._next = line._parked = line._keys = None
+                line._all = tasks  # last, because it is read without the lock
+            else:
+                line._all += tasks
+                line._count += 1
             home = line._home
             if home is None or home.closed:
                 home = live if live is not None and not live.closed else None
-            if (ended and home is None) or (task.durable and (ended or line._complete)):
-                del line._all[-1]
-                line._count -= 1
-                return Answer.COMPLETE if task.durable else Answer.CLOSED, False
+            if task.durable:
+                if line._ended or line._complete:
+                    del line._all[-1]
+                    line._count -= 1
+                    return Answer.COMPLETE, False
+                line._durable = True
+            if line._ended:
+                if home is None:
+                    del line._all[-1]
+                    line._count -= 1
+                    return Answer.CLOSED, False
+                if line._ended_at == inf:  # it ended without a task
+                    line._ended_at = 0.0
+                if line._apart or not line._active:
+                    line._active = True
+                    answer = Answer.DUE
             if home is not line._home:
                 before = line._home
                 if before is not None:
@@ -127,39 +142,36 @@ class Account:
                 if home is not None:
                     home.unsettled += line._unsettled
                 line._home = home
-            if rival is not None and replaces:
-                rival.state = CANCELLED
-                if rival in self.running:  # it was about to start
-                    run = self.running[rival]  # noqa: F841 - as in `close`
-                    del self.running[rival]
-                self.pending -= 1
-                self.ended[CANCELLED] += 1
-            if key is not None:
-                keys[key] = bucket
+            if keys is not None:
+                if line._keys is None:
+                    line._keys = keys
+                else:
+                    line._keys[task._hash] = keys[task._hash]
+                if rival is not None and replaces:
+                    run = rival._run  # noqa: F841 - as in `close`
+                    rival._run = None
+                    rival.state = CANCELLED
+                    self.pending -= 1
+                    self.ended[CANCELLED] += 1
             self.pending += 1
-            self.unsettled += 1
             self.lines[line] = None
             line._unsettled += 1
             if home is not None:
                 home.unsettled += 1
-            if task.durable:
-                line._durable = True
-            if ended and (line._apart or not line._active):
-                line._active = True
-                answer = Answer.DUE
         if before is not None:
             before.waiters.wake()
         return answer, replaces
 
-    def rival(self, task: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Return the task with the same key in this list, and all tasks whose keys have its hash.
+    def rival(self, task: Any) -> tuple[Any, tuple[Any, ...], dict[int, Any]]:
+        """Look for the task in the same list that has the same key; return it, and what `accept` needs.
 
         Raises what the `==` of a key raises.
         """
         line: Line = task._list
         keys = None if line._all is None else line._keys
-        seen = keys.get(task._hash, ()) if keys is not None else ()
-        return next((other for other in seen if other.key == task.key), None), seen
+        seen: tuple[Any, ...] = keys.get(task._hash, ()) if keys is not None else ()
+        rival = next((other for other in seen if other.key == task.key), None)
+        return rival, seen, {task._hash: (*(other for other in seen if other is not rival), task)}
 
     # Turns and places
 
@@ -193,27 +205,26 @@ class Account:
             before.waiters.wake()
         return tasks[:count] if apart else ()
 
-    def go(self, line: Line, home: Home, run: Any) -> bool:
-        """Do `end` and `take` in one step for a list whose first task is async, if nothing else waits.
+    def go(self, run: Any, *, begins: bool) -> bool:
+        """Do `end`, `take` and, if `begins`, `begin` in one step for a list whose first task is async.
 
-        Most requests end this way. For any other request, do nothing and return False.
+        Most requests end this way. If anything else waits, or the home has changed or drains, do nothing and return
+        False.
         """
+        task, line, home = run.task, run.line, run.home
         with self.lock:
-            if line._all is None or line._position == line._count or line._home is not home:
+            if line._home is not home or home.closed or home.draining or task.state is not PENDING:
                 return False
-            if line._apart or line._active or home.closed or home.draining:
-                return False
-            task = line._all[line._position]
-            if not task._async or task.state is not PENDING or task in self.running:
-                return False
-            if not self.places or self.due.first is not None or self.parked.first is not None:
+            if not self.places or self.due.first is not None or self.parked.first is not None or task._run is not None:
                 return False
             line._ended = line._active = True
+            line._position = 1
             self.places -= 1
-            self.running[task] = run
-            run.task = task
-            run.line = line
-            run.home = home
+            task._run = run
+            if begins:
+                task.state = RUNNING
+                self.pending -= 1
+                self.active += 1
             return True
 
     def push(self, queue: Queue, entry: Any) -> None:
@@ -237,10 +248,10 @@ class Account:
                 line = entry
                 if line._position < line._count:
                     task = line._all[line._position]
-                    if task.state is not PENDING or task in self.running:
-                        line._position += 1
+                    line._position += 1
+                    if task.state is not PENDING or task._run is not None:
                         return SKIPPED
-            elif entry.state is PENDING and entry not in self.running:
+            elif entry.state is PENDING and entry._run is None:
                 task = entry
             queue.first = entry._next
             entry._next = None
@@ -266,7 +277,7 @@ class Account:
                     tasks._parked = None
                     line = tasks
             self.places -= 1
-            self.running[task] = run
+            task._run = run
             run.task = task
             run.line = line
             run.home = tasks._home
@@ -282,16 +293,13 @@ class Account:
         """Let a run keep its place and thread for the next task of its list, if that is a sync task without timeout."""
         line = run.line
         with self.lock:
-            position = line._position
-            if position < line._count and line._all[position] is run.task:
-                position += 1
-                line._position = position
-            if position == line._count:
+            if line._position == line._count:
                 return False
-            task = line._all[position]
-            if task.state is not PENDING or task in self.running or task._async or task.timeout is not None:
+            task = line._all[line._position]
+            if task.state is not PENDING or task._run is not None or task._async or task.timeout is not None:
                 return False
-            self.running[task] = run
+            line._position += 1
+            task._run = run
             run.task = task
             return True
 
@@ -299,9 +307,9 @@ class Account:
         """Note that `run` runs its task; return False if the task has ended, or another run has it."""
         task = run.task
         with self.lock:
-            if task.state is not PENDING or task in self.running:
+            if task.state is not PENDING or task._run is not None:
                 return False
-            self.running[task] = run
+            task._run = run
             return True
 
     def release(self, run: Any) -> bool:
@@ -314,8 +322,6 @@ class Account:
             if run.placed:
                 self.places += 1
             if line is not None:
-                if line._position < line._count and line._all[line._position] is run.task:
-                    line._position += 1
                 if line._position == line._count:
                     line._active = False
                 elif queue.last is None:
@@ -374,9 +380,8 @@ class Account:
             before = task.state
             if before is not PENDING and (waiting or before is not RUNNING):
                 return LOST
-            if task in self.running:
-                run = self.running[task]  # noqa: F841 - its last reference is dropped after the lock
-                del self.running[task]
+            run = task._run  # noqa: F841 - its last reference is dropped after the lock
+            task._run = None
             if before is PENDING:
                 self.pending -= 1
             else:
@@ -390,7 +395,6 @@ class Account:
         """Note that the end of a task was reported; return whether no other task of its list is unsettled."""
         line: Line = task._list
         with self.lock:
-            self.unsettled -= 1
             line._unsettled -= 1
             home = line._home
             if home is not None:
@@ -398,7 +402,7 @@ class Account:
             last = not line._unsettled
             if last:
                 del self.lines[line]
-        self.settled(task, line, home)
+        self.settled(task, last=last)
         return last
 
     def retire(self, run: Any) -> bool | None:
@@ -407,44 +411,47 @@ class Account:
         It is for a task whose end nobody observes. Return whether no other task of its list is unsettled. If the task
         was given up in the meantime, do nothing and return None.
         """
-        task, line, queue = run.task, run.line, self.due
+        task, queue = run.task, self.due
+        line: Line = task._list
         with self.lock:
-            if (line is None or line._position == line._count or line._all[line._position] is not task) or (
-                task.state is not RUNNING or run.released or run.then is not None
-            ):
+            if task.state is not RUNNING or run.then is not None:
                 return None
             task.state = SUCCEEDED
-            del self.running[task]
+            task._run = None
             self.active -= 1
             self.ended[SUCCEEDED] += 1
-            self.unsettled -= 1
             line._unsettled -= 1
-            home: Any = line._home
-            home.unsettled -= 1
+            home = line._home
+            if home is not None:
+                home.unsettled -= 1
             last = not line._unsettled
             if last:
                 del self.lines[line]
             run.released = True
-            self.places += 1
-            line._position += 1
-            if line._position == line._count:
-                line._active = False
-            elif queue.last is None:
-                queue.first = queue.last = line
-            else:
-                queue.last._next = line
-                queue.last = line
+            if run.placed:
+                self.places += 1
+            if run.line is not None:
+                if line._position == line._count:
+                    line._active = False
+                elif queue.last is None:
+                    queue.first = queue.last = line
+                else:
+                    queue.last._next = line
+                    queue.last = line
             return last
 
-    def settled(self, task: Any, line: Line, home: Home | None) -> None:
+    def settled(self, task: Any, *, last: bool) -> None:
         """Detach a settled task from its list, and wake the waiters whose condition is now true."""
+        line: Line = task._list
         if task._hash is not None:
             self._forget_key(line, task)
         task._list = None
-        if home is not None and home.waiters.waiting and not home.unsettled:
-            home.waiters.wake()
-        if self.idle.waiting and not self.unsettled:
-            self.idle.wake()
+        if last:
+            home = line._home
+            if home is not None and home.waiters.waiting and not home.unsettled:
+                home.waiters.wake()
+            if self.idle.waiting and not self.lines:
+                self.idle.wake()
         if self.room.waiting and not self.is_over_limit():
             self.room.wake()
 

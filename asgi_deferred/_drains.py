@@ -40,7 +40,7 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
     for task in left:
         if scheduler.close_outside(task, TaskState.ABANDONED, waiting=True):
             continue
-        run = account.running.get(task)
+        run = task._run
         if run is None:
             continue
         if run.native is None:
@@ -58,10 +58,12 @@ def abandon(scheduler: Scheduler, home: Home, seconds: float | None = None) -> N
 
 def give_up(scheduler: Scheduler, home: Home) -> None:
     """Give up on native tasks that were cancelled and have not ended."""
-    for task, run in tuple(scheduler.account.running.items()):
-        tasks = task._list
+    for task in scheduler.account.unfinished():
+        run, tasks = task._run, task._list
+        if run is None or not run.abandoned:
+            continue
         here = run.home is home or (tasks is not None and tasks._home is home)  # a late task can move its list
-        if here and run.abandoned and scheduler.close_outside(task, TaskState.ABANDONED):
+        if here and scheduler.close_outside(task, TaskState.ABANDONED):
             scheduler.release(run)
     home.over = True
     home.waiters.wake()
@@ -71,7 +73,7 @@ def bury(scheduler: Scheduler, home: Home) -> None:
     """End every unfinished task of a home whose event loop has ended, so that nobody can wait for them."""
     home.closed = True
     for task in scheduler.account.unfinished(home):
-        run = scheduler.account.running.get(task)
+        run = task._run
         if scheduler.close_outside(task, TaskState.ABANDONED) and run is not None:
             scheduler.release(run)
 

@@ -16,8 +16,9 @@ def unwrap_partial(func: Any) -> Any:
 
 def name_of(func: Any) -> str:
     """Return the qualified name of a callable, of the function in a `partial`, or of the callable's type."""
-    if type(func) is FunctionType:
-        return func.__qualname__
+    inner = func.__func__ if type(func) is MethodType else func
+    if type(inner) is FunctionType:
+        return inner.__qualname__
     func = unwrap_partial(func)
     try:
         name = getattr(func, "__qualname__", None)

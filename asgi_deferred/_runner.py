@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from functools import partial
+from math import inf
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -227,7 +228,8 @@ class Runner(Settings):
     @property
     def running(self) -> list[str]:
         """The names of the running tasks, the longest-running first."""
-        return [task.name for task in tuple(self._scheduler.account.running) if task.state is TaskState.RUNNING]
+        running = [task for task in self._scheduler.account.unfinished() if task.state is TaskState.RUNNING]
+        return [task.name for task in sorted(running, key=lambda task: task._started or inf)]
 
     async def wait_idle(self) -> None:
         """Wait until no accepted task is unfinished.
@@ -236,9 +238,9 @@ class Runner(Settings):
             RuntimeError: It was called inside a task, which would wait for itself.
         """
         task, account = inside.get(), self._scheduler.account
-        if task is not None and task.state is TaskState.RUNNING and task in account.running:
+        if task is not None and getattr(task._list, "_host", None) is self._scheduler:
             raise RuntimeError(
                 f"wait_idle() was called inside the deferred task {task.name!a}, so it would wait for itself for ever. "
                 "Call it outside of tasks, such as in a test."
             )
-        await until(account.idle, lambda: not account.unsettled)
+        await until(account.idle, lambda: not account.lines)

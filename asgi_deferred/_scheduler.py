@@ -43,6 +43,12 @@ class Run:
 
     task: DeferredTask
     loop: Any
+    # Most runs need none of these.
+    stop: Callable[[], object] | None = None  # cancels the timer of a sync task
+    placed = True
+    given_up = False  # other code closed the task while it ran
+    abandoned = False  # a drain has cancelled it
+    _next: Run | None = None
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -50,21 +56,21 @@ class Run:
         self.home: Any = None
         self.native: Any = None
         self.returned: Awaitable[Any] | None = None  # the awaitable that a sync task returned
-        self.stop: Callable[[], object] | None = None  # cancels the timer of a sync task
         self.then: Callable[[], object] | None = None  # called on release
-        self.placed = True
         self.released = False
-        self.given_up = False  # other code closed the task while it ran
-        self.abandoned = False  # a drain has cancelled it
-        self._next: Run | None = None
 
     async def main(self) -> None:
         scheduler, task, returned = self.scheduler, self.task, self.returned
         if self.native is not None and not self.loop.only_by_us:
             self.native.remove_done_callback(self.lost)
         try:
-            if returned is None and not scheduler.begin(self):
-                return
+            if task.state is not RUNNING:
+                if returned is not None or not scheduler.begin(self):
+                    close_unawaited(returned)  # its task was given up in the meantime
+                    return
+            elif returned is None:  # it has entered RUNNING as its request ended
+                task._started = perf_counter()
+                inside.set(task)
             seconds, around = task.timeout, scheduler.settings.around
             if seconds is None and not around:
                 await (task._call(*task.args, **task.kwargs) if returned is None else returned)
@@ -133,17 +139,15 @@ class Scheduler:
             account.prune(tasks)
         limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else None
         rival: Any = None
-        while True:  # until no other thread has taken the key in the meantime
+        replaced, answer = False, AGAIN
+        while answer is AGAIN:  # until no other thread has taken the key in the meantime
             if task._hash is None:
-                answer, replaced = account.accept(task, limit, None, ())
+                answer, _ = account.accept(task, limit)
             else:
-                rival, seen = account.rival(task)
-                answer, replaced = account.accept(task, limit, rival, seen)
-            if answer is not AGAIN:
-                break
+                rival, seen, keys = account.rival(task)
+                answer, replaced = account.accept(task, limit, rival, seen, keys)
         if replaced:
-            context: Any = rival._context
-            context.copy().run(self.report_end, rival)
+            rival._context.copy().run(self.report_end, rival)
         if answer is WAITS:
             return
         if answer is Answer.FULL:
@@ -169,11 +173,15 @@ class Scheduler:
     def end(self, tasks: DeferredTasks, home: Home) -> bool:
         """Run the list of a request that has ended; return False if the home is closed."""
         tasks._ended_at = perf_counter()
-        run = Run(self)
-        if self.account.go(tasks, home, run):
-            run.loop = home.loop
-            self._spawn(run)
-            return True
+        first: Any = tasks._all[0] if tasks._all else None
+        if first is not None and first._async and not tasks._apart:
+            run = Run(self)
+            run.task, run.line, run.home, run.loop = first, tasks, home, home.loop
+            when, outcome = first.when, tasks._outcome
+            begins = outcome is None or (not callable(when) and lets_through(when, outcome))
+            if self.account.go(run, begins=begins and not self.settings.observers):
+                self._spawn(run)
+                return True
         apart = self.account.end(tasks, home)
         if apart is None:
             return False
@@ -347,8 +355,9 @@ class Scheduler:
             if task is not None and home is not None:
                 self.enqueue(task, home, home.loop, following)
 
-        busy = [run for task, run in tuple(self.account.running.items()) if task._list is tasks and task._enqueues]
-        if busy and not busy[0].released:
+        runs = [task._run for task in tasks if task._enqueues]
+        busy = [run for run in runs if run is not None and not run.released]
+        if busy:
             busy[0].then = following  # the one that is being enqueued comes first
         else:
             following()
@@ -400,7 +409,7 @@ class Scheduler:
             return
         task, tasks = run.task, run.task._list
         task._let_go()
-        self.account.settled(task, tasks, tasks._home)
+        self.account.settled(task, last=last)
         if last and tasks._ended:
             tasks._wind_up()
 

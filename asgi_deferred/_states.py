@@ -116,10 +116,11 @@ class Home:
 class Entry:
     """The account's share of a task."""
 
-    __slots__ = ("_hash", "_list", "_next", "durable", "error", "state")
+    __slots__ = ("_hash", "_list", "_next", "_run", "durable", "error", "state")
 
     _list: Any  # the task's `Line`; None once the task is settled, so that an ended task keeps nothing alive
     _next: Any
+    _run: Any  # the run that has the task, from its turn to its end
     _hash: int | None
     durable: bool
     error: BaseException | None
@@ -145,7 +146,7 @@ class Line:
     # These are missing until the first task comes.
     _home: Home | None
     _count: int  # the length of `_all`
-    _position: int  # no task before this index is PENDING
+    _position: int  # the index of the task whose turn comes next
     _unsettled: int
     _ended_at: float  # when the request ended; infinite until then
     _active: bool

@@ -171,7 +171,7 @@ class DeferredTask(Entry):
         defaults = tasks._host.settings
         when, timeout, key, self._name, self.durable = options
         self._list = tasks
-        self._next = None
+        self._next = self._run = None
         self._hash = None if key is None else hash(key)
         self.func: Callable[..., Any] = func
         self.args: tuple[Any, ...] = args

@@ -23,6 +23,7 @@ from asgi_deferred import (
     TaskEvent,
     TaskState,
     defer,
+    tasks_from,
 )
 from asgi_deferred import _drains as drains
 
@@ -275,7 +276,7 @@ async def test_cancelled_between_its_turn_and_its_start() -> None:
             await request(app, Log())
         (second,) = lists[1]
         go.set()
-        while second not in runner._scheduler.account.running:  # and meanwhile the event loop does nothing
+        while second._run is None:  # and meanwhile the event loop does nothing
             threading.Event().wait(0.001)
         assert second.cancel()
     assert log == ["task 3"]
@@ -309,7 +310,7 @@ def test_an_event_loop_is_gone_as_a_thread_ends(returns: bool) -> None:
     loop.run_until_complete(main())
     loop.close()
     go.set()
-    while runner._scheduler.account.unsettled:
+    while runner._scheduler.account.lines:
         ended.wait(0.001)
     assert [task.state.name for tasks in lists for task in tasks] == [
         "ABANDONED" if returns else "SUCCEEDED",
@@ -532,6 +533,22 @@ async def test_only_the_cancelled_calls_tasks_are_given_up(monkeypatch: pytest.M
         assert runner.statistics().abandoned == 1
         given_up.set()
     assert runner.statistics()[3:] == (1, 0, 0, 0, 0, 1)
+    assert_conserved(runner)
+
+
+async def test_a_lifespan_starts_in_the_middle_of_a_request() -> None:
+    """G8, G9: a task that was added before the lifespan started runs in it, with one that was added afterwards."""
+    log, runner = Log(), Runner()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks_from(scope).add_task(log.note, "before")
+        await runner.__aenter__()
+        tasks_from(scope).add_task(log.note, "after")
+        await responder()(scope, receive, send)
+
+    await request(DeferredMiddleware(app, runner), Log())
+    await runner.__aexit__(None, None, None)
+    assert log == ["before", "after"]
     assert_conserved(runner)
 
 

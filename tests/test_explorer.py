@@ -26,7 +26,7 @@ from .explorer.loops import BACKENDS
 from .explorer.scenarios import SCENARIOS
 from .explorer.world import World
 
-SEEDS = 15
+SEEDS = 50
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
