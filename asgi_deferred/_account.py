@@ -405,8 +405,10 @@ class Account:
         self.settled(task, last=last)
         return last
 
-    def retire(self, run: Any) -> bool | None:
-        """Do `close`, `settle` and `release` in one step for a task that has succeeded. Call `settled` afterwards.
+    def retire(self, run: Any, *, frees: bool) -> bool | None:
+        """Do `close` and `settle` in one step for a task that has succeeded. Call `settled` afterwards.
+
+        With `frees`, do `release` as well.
 
         It is for a task whose end nobody observes. Return whether no other task of its list is unsettled. If the task
         was given up in the meantime, do nothing and return None.
@@ -427,10 +429,11 @@ class Account:
             last = not line._unsettled
             if last:
                 del self.lines[line]
-            run.released = True
-            if run.placed:
-                self.places += 1
-            if run.line is not None:
+            if frees:
+                run.released = True
+                if run.placed:
+                    self.places += 1
+            if frees and run.line is not None:
                 if line._position == line._count:
                     line._active = False
                 elif queue.last is None:

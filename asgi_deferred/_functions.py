@@ -1,10 +1,10 @@
-"""What a callable reveals without being called."""
+"""What a callable and its code reveal without a call."""
 
 from __future__ import annotations
 
 from functools import partial
 from inspect import CO_COROUTINE, iscoroutinefunction
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 
@@ -37,3 +37,9 @@ def is_async(func: Any) -> bool:
             return False
     func = unwrap_partial(func)
     return iscoroutinefunction(func) or iscoroutinefunction(getattr(type(func), "__call__", None))  # noqa: B004
+
+
+def line_of(code: CodeType, lasti: int) -> int:
+    """Return the line of an instruction, a frame's `f_lasti`; the first line if the code has no such instruction."""
+    lines = (line for start, end, line in code.co_lines() if start <= lasti < end)
+    return next(lines, None) or code.co_firstlineno

@@ -81,7 +81,7 @@ class Run:
         except BaseException as exc:
             scheduler.finish(self, self.state_after(exc), exc)
         else:
-            scheduler.succeed(self)
+            scheduler.succeed(self, frees=True)
         finally:
             scheduler.release(self)
             del self, scheduler, task, returned  # or a cycle: the error's traceback keeps this frame alive
@@ -124,6 +124,7 @@ class Scheduler:
         """Start with an empty account and no threads."""
         settings = self.settings
         self.account = Account(settings.max_concurrency, settings.max_threads, settings.max_pending)
+        self.limit = settings.max_pending if settings.overflow == "reject" else None
         self.threads = Threads()
         self.cancelled: dict[Home, None] = {}  # the homes of cancelled calls, while they drain
 
@@ -137,7 +138,9 @@ class Scheduler:
             check_durable(task)
         if tasks._all is not None and tasks._count > KEPT:
             account.prune(tasks)
-        limit = self.settings.max_pending if self.settings.overflow == "reject" and not tasks._unbounded else None
+        limit = self.limit
+        if limit is not None and tasks._unbounded:
+            limit = None
         rival: Any = None
         replaced, answer = False, AGAIN
         while answer is AGAIN:  # until no other thread has taken the key in the meantime
@@ -178,7 +181,7 @@ class Scheduler:
             run = Run(self)
             run.task, run.line, run.home, run.loop = first, tasks, home, home.loop
             when, outcome = first.when, tasks._outcome
-            begins = outcome is None or (not callable(when) and lets_through(when, outcome))
+            begins = outcome is None or (when == "success" and outcome.success)
             if self.account.go(run, begins=begins and not self.settings.observers):
                 self._spawn(run)
                 return True
@@ -289,7 +292,7 @@ class Scheduler:
         else:
             if returned is not None:
                 return returned
-            self.finish(run, SUCCEEDED)
+            self.succeed(run, frees=False)
         finally:
             del run  # see `Run.main`
         return None
@@ -401,14 +404,19 @@ class Scheduler:
         else:
             run.given_up = True
 
-    def succeed(self, run: Run) -> None:
-        """In the task's context: enter SUCCEEDED, in one step if neither an observer nor the log wants to know."""
-        last = self.account.retire(run) if is_quiet(self.settings.observers) else None
+    def succeed(self, run: Run, *, frees: bool) -> None:
+        """In the task's context: enter SUCCEEDED, in one step if neither an observer nor the log wants to know.
+
+        With `frees`, that step also frees the run's place.
+        """
+        task, last = run.task, None
+        if is_quiet(self.settings.observers):
+            task._let_go()  # first, as the task is settled then
+            last = self.account.retire(run, frees=frees)
         if last is None:
             self.finish(run, SUCCEEDED)
             return
-        task, tasks = run.task, run.task._list
-        task._let_go()
+        tasks = task._list
         self.account.settled(task, last=last)
         if last and tasks._ended:
             tasks._wind_up()

@@ -25,7 +25,7 @@ from anyio import get_cancelled_exc_class, move_on_after
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from ._engines import recognise
-from ._functions import name_of, unwrap_partial
+from ._functions import line_of, name_of, unwrap_partial
 from ._loops import running_loop
 from ._reports import write
 from ._runner import Runner
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     """A line of code, with the attributes of a frame that a task reads."""
 
     f_code: CodeType
-    f_lineno: int
+    f_lasti: int
 
 
 class Origin(NamedTuple):
@@ -117,7 +117,7 @@ class Request:
                         "A task of `Deferred` or `tasks_from(request)` has when=... for that.",
                         name_of(each.func),
                         origin.place.f_code.co_filename,
-                        origin.place.f_lineno,
+                        line_of(*origin.place),
                         name_request(self.tasks._scope),
                     )
         self.made.clear()
@@ -206,7 +206,7 @@ class Request:
         if isclass(endpoint):
             endpoint = getattr(endpoint, self.scope.get("method", "").lower(), None)
         code: CodeType | None = getattr(endpoint, "__code__", None)
-        return code and Place(code, code.co_firstlineno)
+        return code and Place(code, -1)  # its first line
 
 
 def _is_plain(background: Any) -> bool:
@@ -250,7 +250,7 @@ def _line_that_made() -> Place:
     frame: Any = sys._getframe(2)
     while frame.f_code.co_name in _MAKERS and isinstance(frame.f_locals.get("self"), BackgroundTask):
         frame = frame.f_back
-    return Place(frame.f_code, frame.f_lineno)
+    return Place(frame.f_code, frame.f_lasti)
 
 
 def _calling_response(background: BackgroundTask) -> Place | None:
@@ -259,7 +259,7 @@ def _calling_response(background: BackgroundTask) -> Place | None:
     while frame.f_locals.get("self") is background:  # the wrapper of a tracing tool, which calls ours
         frame = frame.f_back
     if getattr(frame.f_locals.get("self"), "background", None) is background:
-        return Place(frame.f_code, frame.f_lineno)
+        return Place(frame.f_code, frame.f_lasti)
     return None
 
 

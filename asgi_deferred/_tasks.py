@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol
 
 from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
-from ._functions import is_async, name_of
+from ._functions import is_async, line_of, name_of
 from ._loops import running_loop
 from ._outcome import Outcome, When, check_when, without_error
 from ._states import Entry, Line, TaskState
@@ -139,7 +139,7 @@ class DeferredTask(Entry):
         "_call",
         "_code",
         "_context",
-        "_line",
+        "_lasti",
         "_name",
         "_request",
         "_started",
@@ -178,14 +178,14 @@ class DeferredTask(Entry):
         self.kwargs: dict[str, Any] = kwargs
         self.when: When = when or defaults.when
         timeout = timeout or defaults.timeout
-        self.timeout: float | None = None if timeout == inf else timeout
+        self.timeout: float | None = None if timeout is None or timeout == inf else timeout
         self.key: Hashable = key
         self.state = TaskState.PENDING
         self.error = None
         self._call = func
         self._async = is_async(func)
         self._code: CodeType = frame.f_code
-        self._line: int = frame.f_lineno
+        self._lasti: int = frame.f_lasti  # the line takes time to find, and most tasks are never asked for it
         self._context = copy_context()
         self._request: str | None = None
         self._added: float = perf_counter()
@@ -206,7 +206,7 @@ class DeferredTask(Entry):
 
     @property
     def added_at(self) -> str:
-        return f"{self._code.co_filename}:{self._line}"
+        return f"{self._code.co_filename}:{line_of(self._code, self._lasti)}"
 
     @property
     def _enqueues(self) -> bool:
@@ -225,7 +225,9 @@ class DeferredTask(Entry):
 
     def _let_go(self) -> None:
         """Release everything that the task needed to run."""
-        self._request = self._list._request
+        tasks = self._list
+        if tasks is not None:
+            self._request = tasks._request
         self.args = ()
         if self.kwargs:
             self.kwargs = {}
