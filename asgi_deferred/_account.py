@@ -98,7 +98,7 @@ class Account:
         answer, replaces = WAITS, False
         with self.lock:
             if seen is not None:
-                known = None if line._all is None else line._keys
+                known = line._keys
                 if (() if known is None or task._hash not in known else known[task._hash]) is not seen:
                     return AGAIN, False
                 replaces = rival is not None and rival.state is PENDING
@@ -106,12 +106,11 @@ class Account:
                 return Answer.FULL, False
             # The task is in its list before `_ended` is read: a request without tasks ends without taking the lock.
             if line._all is None:
+                line._home = live
                 line._count = 1
                 line._position = line._unsettled = 0
-                line._ended_at = inf
                 line._active = False
-                line._home = live
-                line._next = line._parked = line._keys = None
+                line._ended_at = inf
                 line._all = tasks  # last, because it is read without the lock
             else:
                 line._all += tasks
@@ -168,7 +167,7 @@ class Account:
         Raises what the `==` of a key raises.
         """
         line: Line = task._list
-        keys = None if line._all is None else line._keys
+        keys = line._keys
         seen: tuple[Any, ...] = keys.get(task._hash, ()) if keys is not None else ()
         rival = next((other for other in seen if other.key == task.key), None)
         return rival, seen, {task._hash: (*(other for other in seen if other is not rival), task)}
@@ -205,8 +204,8 @@ class Account:
             before.waiters.wake()
         return tasks[:count] if apart else ()
 
-    def go(self, run: Any, *, begins: bool) -> bool:
-        """Do `end`, `take` and, if `begins`, `begin` in one step for a list whose first task is async.
+    def go(self, run: Any, state: TaskState) -> bool:
+        """Do `end` and `take` in one step for a list whose first task is async, and `begin` if `state` is RUNNING.
 
         Most requests end this way. If anything else waits, or the home has changed or drains, do nothing and return
         False.
@@ -221,7 +220,7 @@ class Account:
             line._position = 1
             self.places -= 1
             task._run = run
-            if begins:
+            if state is RUNNING:
                 task.state = RUNNING
                 self.pending -= 1
                 self.active += 1
@@ -391,32 +390,32 @@ class Account:
             task.error = error
             return ANNOUNCED if task in self.announcing else WON
 
-    def settle(self, task: Any) -> bool:
-        """Note that the end of a task was reported; return whether no other task of its list is unsettled."""
+    def settle(self, task: Any) -> int:
+        """Note that the end of a task was reported; return how many tasks of its list are unsettled."""
         line: Line = task._list
         with self.lock:
             line._unsettled -= 1
             home = line._home
             if home is not None:
                 home.unsettled -= 1
-            last = not line._unsettled
-            if last:
+            left = line._unsettled
+            if not left:
                 del self.lines[line]
-        self.settled(task, last=last)
-        return last
+        self.settled(task, left)
+        return left
 
-    def retire(self, run: Any, *, frees: bool) -> bool | None:
+    def retire(self, run: Any) -> int | None:
         """Do `close` and `settle` in one step for a task that has succeeded. Call `settled` afterwards.
 
-        With `frees`, do `release` as well.
+        If the task has a native task, do `release` as well. A thread may have more tasks to run in the same place.
 
-        It is for a task whose end nobody observes. Return whether no other task of its list is unsettled. If the task
-        was given up in the meantime, do nothing and return None.
+        It is for a task whose end nobody observes. Return how many tasks of its list are unsettled. If the task was
+        given up in the meantime, do nothing and return None.
         """
         task, queue = run.task, self.due
         line: Line = task._list
         with self.lock:
-            if task.state is not RUNNING or run.then is not None:
+            if task.state is not RUNNING or run.then is not None:  # then it has no place, or another run waits for it
                 return None
             task.state = SUCCEEDED
             task._run = None
@@ -426,14 +425,14 @@ class Account:
             home = line._home
             if home is not None:
                 home.unsettled -= 1
-            last = not line._unsettled
-            if last:
+            left = line._unsettled
+            if not left:
                 del self.lines[line]
-            if frees:
-                run.released = True
-                if run.placed:
-                    self.places += 1
-            if frees and run.line is not None:
+            if run.native is None:
+                return left
+            run.released = True
+            self.places += 1
+            if run.line is not None:
                 if line._position == line._count:
                     line._active = False
                 elif queue.last is None:
@@ -441,15 +440,15 @@ class Account:
                 else:
                     queue.last._next = line
                     queue.last = line
-            return last
+            return left
 
-    def settled(self, task: Any, *, last: bool) -> None:
+    def settled(self, task: Any, left: int) -> None:
         """Detach a settled task from its list, and wake the waiters whose condition is now true."""
         line: Line = task._list
         if task._hash is not None:
             self._forget_key(line, task)
         task._list = None
-        if last:
+        if not left:
             home = line._home
             if home is not None and home.waiters.waiting and not home.unsettled:
                 home.waiters.wake()

@@ -81,7 +81,7 @@ class Run:
         except BaseException as exc:
             scheduler.finish(self, self.state_after(exc), exc)
         else:
-            scheduler.succeed(self, frees=True)
+            scheduler.succeed(self)
         finally:
             scheduler.release(self)
             del self, scheduler, task, returned  # or a cycle: the error's traceback keeps this frame alive
@@ -181,8 +181,8 @@ class Scheduler:
             run = Run(self)
             run.task, run.line, run.home, run.loop = first, tasks, home, home.loop
             when, outcome = first.when, tasks._outcome
-            begins = outcome is None or (when == "success" and outcome.success)
-            if self.account.go(run, begins=begins and not self.settings.observers):
+            wanted = outcome is None or (when == "success" and outcome.success)
+            if self.account.go(run, RUNNING if wanted and not self.settings.observers else PENDING):
                 self._spawn(run)
                 return True
         apart = self.account.end(tasks, home)
@@ -292,7 +292,7 @@ class Scheduler:
         else:
             if returned is not None:
                 return returned
-            self.succeed(run, frees=False)
+            self.succeed(run)
         finally:
             del run  # see `Run.main`
         return None
@@ -404,21 +404,18 @@ class Scheduler:
         else:
             run.given_up = True
 
-    def succeed(self, run: Run, *, frees: bool) -> None:
-        """In the task's context: enter SUCCEEDED, in one step if neither an observer nor the log wants to know.
-
-        With `frees`, that step also frees the run's place.
-        """
-        task, last = run.task, None
+    def succeed(self, run: Run) -> None:
+        """In the task's context: enter SUCCEEDED, in one step if neither an observer nor the log wants to know."""
+        task, left = run.task, None
         if is_quiet(self.settings.observers):
             task._let_go()  # first, as the task is settled then
-            last = self.account.retire(run, frees=frees)
-        if last is None:
+            left = self.account.retire(run)
+        if left is None:
             self.finish(run, SUCCEEDED)
             return
         tasks = task._list
-        self.account.settled(task, last=last)
-        if last and tasks._ended:
+        self.account.settled(task, left)
+        if not left and tasks._ended:
             tasks._wind_up()
 
     def close_outside(
@@ -445,7 +442,7 @@ class Scheduler:
             if not tasks._home.loop.call_soon(self.pump):
                 self.pump()
         task._let_go()
-        if self.account.settle(task) and tasks._ended:
+        if not self.account.settle(task) and tasks._ended:
             tasks._wind_up()
 
 

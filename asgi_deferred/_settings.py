@@ -24,7 +24,7 @@ class ASGIApp(Protocol):
     def __call__(self, scope: Any, receive: Any, send: Any, /) -> Awaitable[None]: ...
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)  # CPython reads a slot faster than a field with a default
 class Settings:
     """The arguments of `Runner`, which documents them."""
 

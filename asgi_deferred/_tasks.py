@@ -12,14 +12,14 @@ from inspect import iscoroutine
 from math import inf
 from time import perf_counter
 from types import CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol
 
 from ._engines import Engine, EngineTask, recognise
 from ._exceptions import MiddlewareMissing
 from ._functions import is_async, line_of, name_of
 from ._loops import running_loop
 from ._outcome import Outcome, When, check_when, without_error
-from ._states import Entry, Line, TaskState
+from ._states import PENDING, Entry, Line, TaskState
 
 P = ParamSpec("P")
 
@@ -93,7 +93,8 @@ class TaskEvent:
         return cls(task, state, tasks.outcome, started - task._added, waited, now - started, error)
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Options:
     """The arguments of `options()`; `None` stands for the runner's default."""
 
     when: When | None = None
@@ -169,18 +170,19 @@ class DeferredTask(Entry):
         frame: FrameType,
     ) -> None:
         defaults = tasks._host.settings
-        when, timeout, key, self._name, self.durable = options
+        key, timeout = options.key, options.timeout or defaults.timeout
         self._list = tasks
         self._next = self._run = None
         self._hash = None if key is None else hash(key)
         self.func: Callable[..., Any] = func
         self.args: tuple[Any, ...] = args
         self.kwargs: dict[str, Any] = kwargs
-        self.when: When = when or defaults.when
-        timeout = timeout or defaults.timeout
+        self.when: When = options.when or defaults.when
         self.timeout: float | None = None if timeout is None or timeout == inf else timeout
         self.key: Hashable = key
-        self.state = TaskState.PENDING
+        self.durable = options.durable
+        self.state = PENDING
+        self._name = options.name
         self.error = None
         self._call = func
         self._async = is_async(func)
