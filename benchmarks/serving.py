@@ -9,19 +9,20 @@ from ._report import Comparison, Result, progress
 from ._serve import FAST, finish, serve
 
 METHOD = "uvicorn (httptools, uvloop), load generator as a separate process on loopback"
+CLOSED = f"{METHOD}, which never sleeps; 32 connections"
 
 
 QUICK = ["Starlette", "asgi-background", "ours in Starlette", "FastAPI", "ours in FastAPI"]
 
 
 def throughput(factor: float) -> Result:
-    rounds = max(3, round(15 * factor))
+    rounds = max(2, round(6 * factor))
     samples, _ = _quick("throughput", rounds)
     return Result(
         "throughput",
         "Requests with one async no-op task each",
         "requests/s",
-        f"{METHOD}; 32 connections, {rounds} interleaved rounds of 1 s after a warm-up, medians",
+        f"{CLOSED}, {rounds} sets of server processes, each 3 times 1 s in turn after a warm-up, medians",
         samples,
         [
             Comparison("ours in Starlette", "Starlette", 1.0, at_least=True),
@@ -32,13 +33,13 @@ def throughput(factor: float) -> Result:
 
 
 def processor(factor: float) -> Result:
-    rounds = max(3, round(15 * factor))
+    rounds = max(2, round(6 * factor))
     _, samples = _quick("processor", rounds)
     return Result(
         "processor",
         "Processor time of the server for a request with one async no-op task",
         "µs for each request",
-        f"{METHOD}; 32 connections, {rounds} interleaved rounds of 1 s after a warm-up, medians",
+        f"{CLOSED}, {rounds} sets of server processes, each 3 times 1 s in turn after a warm-up, medians",
         samples,
         [
             Comparison("ours in Starlette", "Starlette", 1.35),
@@ -52,20 +53,20 @@ def _quick(what: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, li
     """Load all with quick requests; return the requests in a second, and microseconds of processor time for each."""
     rates: dict[str, list[float]] = {name: [] for name in QUICK}
     used: dict[str, list[float]] = {name: [] for name in QUICK}
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(serve(name, *FAST)) for name in QUICK}
-        for index in range(-1, rounds):
-            progress(f"{what}: round {index} of {rounds}")
-            shift = index % len(QUICK)
-            for name in QUICK[shift:] + QUICK[:shift]:
+    for index in range(rounds):
+        progress(f"{what}: round {index} of {rounds}")
+        with ExitStack() as stack:  # where a process has its objects moves its figures, so each round has new ones
+            servers = {name: stack.enter_context(serve(name, *FAST)) for name in QUICK}
+            for name in QUICK:
+                servers[name].load("/quick", connections=32, requests=2000, seconds=10)
+            for name in QUICK * 3:
                 before = servers[name].cpu_seconds()
                 figures = servers[name].load("/quick", connections=32, seconds=1.0)
                 seconds = servers[name].cpu_seconds() - before
                 if figures["errors"]:
                     raise RuntimeError(f"{name}: {figures}")
-                if index >= 0:
-                    rates[name].append(figures["per_second"])
-                    used[name].append(seconds / figures["requests"] * 1e6)
+                rates[name].append(figures["per_second"])
+                used[name].append(seconds / figures["requests"] * 1e6)
     return rates, used
 
 
