@@ -204,23 +204,27 @@ class Account:
             before.waiters.wake()
         return tasks[:count] if apart else ()
 
-    def go(self, run: Any, state: TaskState) -> bool:
-        """Do `end` and `take` in one step for a list whose first task is async, and `begin` if `state` is RUNNING.
+    def go(self, run: Any, rule: str | None) -> bool:
+        """Do `end` and `take` in one step for a list whose first task is async, and `begin` if its `when` is `rule`.
 
         Most requests end this way. If anything else waits, or the home has changed or drains, do nothing and return
-        False.
+        False. `rule` is compared by identity, as the `==` of a `when` may be code of the user's.
         """
-        task, line, home = run.task, run.line, run.home
+        line, home = run.line, run.home
         with self.lock:
-            if line._home is not home or home.closed or home.draining or task.state is not PENDING:
+            if line._all is None or not line._count or line._home is not home or home.closed or home.draining:
                 return False
-            if not self.places or self.due.first is not None or self.parked.first is not None or task._run is not None:
+            task = line._all[0]
+            if line._apart or not task._async or task.state is not PENDING or task._run is not None:
+                return False
+            if not self.places or self.due.first is not None or self.parked.first is not None:
                 return False
             line._ended = line._active = True
             line._position = 1
             self.places -= 1
+            run.task = task
             task._run = run
-            if state is RUNNING:
+            if task.when is rule:
                 task.state = RUNNING
                 self.pending -= 1
                 self.active += 1

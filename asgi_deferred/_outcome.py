@@ -91,6 +91,7 @@ When: TypeAlias = _Rule | Callable[[Outcome], bool]
 """After which requests a task runs: "success", "complete", "failure", "always", or a function `(Outcome) -> bool`."""
 
 WHEN: tuple[_Rule, ...] = ("success", "complete", "failure", "always")
+SUCCESS = WHEN[0]  # the default, and so the very string that most tasks have
 
 
 def check_when(when: object) -> None:

@@ -26,7 +26,7 @@ from ._account import KEPT, Account
 from ._calls import call_async, call_sync, close_unawaited, timed_out
 from ._engines import recognise
 from ._exceptions import BacklogFull, DeferredError, RunnerClosed, TaskTimedOut
-from ._outcome import lets_through, why_skipped
+from ._outcome import SUCCESS, lets_through, why_skipped
 from ._reports import is_quiet, report
 from ._settings import Settings
 from ._states import AGAIN, LOST, NOBODY, SKIPPED, WAITS, WON, Answer, Home, Line, TaskState
@@ -176,15 +176,12 @@ class Scheduler:
     def end(self, tasks: DeferredTasks, home: Home) -> bool:
         """Run the list of a request that has ended; return False if the home is closed."""
         tasks._ended_at = perf_counter()
-        first: Any = tasks._all[0] if tasks._all else None
-        if first is not None and first._async and not tasks._apart:
-            run = Run(self)
-            run.task, run.line, run.home, run.loop = first, tasks, home, home.loop
-            when, outcome = first.when, tasks._outcome
-            wanted = outcome is None or (when == "success" and outcome.success)
-            if self.account.go(run, RUNNING if wanted and not self.settings.observers else PENDING):
-                self._spawn(run)
-                return True
+        run, outcome = Run(self), tasks._outcome
+        run.line, run.home, run.loop = tasks, home, home.loop
+        clear = outcome is not None and outcome.success and not self.settings.observers
+        if self.account.go(run, SUCCESS if clear else None):
+            self._spawn(run)
+            return True
         apart = self.account.end(tasks, home)
         if apart is None:
             return False

@@ -126,6 +126,7 @@ class Entry:
     error: BaseException | None
     state: TaskState
     timeout: float | None
+    when: Any
     _async: bool
 
     is_line = False

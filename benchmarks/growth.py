@@ -27,10 +27,9 @@ async def _ours(size: int) -> float:
 
     runner = Runner(max_pending=size, max_concurrency=50)
     async with started({"ours": DeferredMiddleware(app, runner)}) as apps:
-        scopes = [scope() for _ in range(size)]
         start = perf_counter()
-        for one in scopes:
-            await apps["ours"](one, receive, send)
+        for _ in range(size):
+            await apps["ours"](scope(), receive, send)
         gate.set()
         await runner.wait_idle()
         return (perf_counter() - start) / size * 1e6
@@ -50,18 +49,17 @@ async def _starlette(size: int) -> float:
         return Response(background=BackgroundTask(gate.wait))
 
     app = Starlette(routes=[Route("/", endpoint)])
-    scopes = [scope() for _ in range(size)]
     start = perf_counter()
     async with anyio.create_task_group() as group:
-        for one in scopes:
-            group.start_soon(app, one, receive, send)
+        for _ in range(size):
+            group.start_soon(app, scope(), receive, send)
         await anyio.wait_all_tasks_blocked()
         gate.set()
     return (perf_counter() - start) / size * 1e6
 
 
 def growth(factor: float) -> Result:
-    rounds = max(3, round(3 * factor))
+    rounds = max(3, round(5 * factor))
     samples: dict[str, list[float]] = {}
     for size in SIZES:
         for name, run in {"ours": _ours, "Starlette": _starlette}.items():
